@@ -1,0 +1,1 @@
+"""SQLAlchemy sessions done right for WSGI."""

@@ -1,0 +1,386 @@
+"""*When*: the response step by step, and the moment of the outcome.
+
+The rule: no client gets a whole, successful response whose transaction did not commit. So the
+outcome comes at the last moment at which its failure still shows, and the response's start is
+held until the outcome is known or a block has to be handed on.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ._scope import describe
+from ._transaction import log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import TypeAlias
+
+    from _typeshed import OptExcInfo
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from ._scope import Scope
+
+CommitOn: TypeAlias = Literal["complete", "headers", "close"]
+CommitVeto: TypeAlias = "Callable[[WSGIEnvironment, str, list[tuple[str, str]]], bool]"
+
+_END: Any = object()  # what the step returns instead of a block when there is none left
+
+# What uWSGI's `wsgi.file_wrapper`, a C function, returns: the file that it was given.
+_FILES = (io.BufferedReader, io.BufferedRandom, io.BytesIO, io.FileIO)
+
+
+class Policy(NamedTuple):
+    """What an application chose for all of its responses."""
+
+    commit_on: CommitOn
+    commit_veto: CommitVeto | None
+    commit_error: WSGIApplication | None
+
+
+def respond(
+    app: WSGIApplication,
+    environ: WSGIEnvironment,
+    start_response: StartResponse,
+    scope: Scope,
+    policy: Policy,
+) -> Iterable[bytes]:
+    """Make the first step of a request, the call of the application."""
+    start = Start(environ, start_response, scope, policy)
+    try:
+        scope.enter()
+        try:
+            result = app(environ, start)
+            if policy.commit_on == "close" or not _is_finished(result, environ):
+                return Response(start, result)
+            try:
+                start.end()
+            except BaseException:
+                _close(result)
+                raise
+        except BaseException as error:
+            start.end(error)
+            raise
+        finally:
+            scope.leave()
+    except Exception:
+        if not start.is_answerable():
+            raise
+        return start.answer()
+    try:
+        start.release()
+    except BaseException:
+        _close(result)
+        raise
+    return result
+
+
+def _is_finished(result: Iterable[bytes], environ: WSGIEnvironment) -> bool:
+    """Say whether no application code is left to run, so that the server may get the object.
+
+    Only for an exact list or tuple: a subclass may run code in ``__iter__``, or have ``close()``.
+    """
+    kind = type(result)
+    if kind is list or kind is tuple:
+        return True
+    file_wrapper = environ.get("wsgi.file_wrapper")
+    if file_wrapper is None:
+        return False
+    try:
+        return isinstance(result, file_wrapper)
+    except TypeError:  # PEP 3333 asks for a callable, not for a class
+        return kind in _FILES
+
+
+def _close(iterable: Iterable[bytes]) -> None:
+    close = getattr(iterable, "close", None)
+    if close is not None:
+        close()
+
+
+class Start:
+    """The response's start: the ``start_response`` of the application, held for the server.
+
+    It does not know the body: a generator holds on to the ``start_response`` it was given, and a
+    way from here back to it would keep an abandoned response alive until a collection.
+    """
+
+    __slots__ = (
+        "_exc_info",
+        "_headers",
+        "_server",
+        "_write",
+        "environ",
+        "failure",
+        "length",
+        "policy",
+        "released",
+        "scope",
+        "sent",
+        "status",
+    )
+
+    def __init__(
+        self,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+        scope: Scope,
+        policy: Policy,
+    ) -> None:
+        self.environ = environ
+        self.scope = scope
+        self.policy = policy
+        self.status: str | None = None
+        self.length: float | None = None  # bytes that make the body whole, once measured
+        self.sent = 0  # bytes of the body that were handed on
+        self.released = False
+        self.failure: BaseException | None = None  # of the commit
+        self._server = start_response
+        self._headers: list[tuple[str, str]] = []
+        self._exc_info: OptExcInfo | None = None
+
+    def __call__(
+        self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
+    ) -> Callable[[bytes], object]:
+        """Take the application's word, see "The start_response() Callable" in PEP 3333."""
+        if self.status is not None and exc_info is None:
+            msg = (
+                "start_response was called a second time without exc_info, see "
+                '"The start_response() Callable" in PEP 3333'
+            )
+            raise AssertionError(msg)
+        self.status = status
+        self.length = None
+        self._headers = headers
+        self._exc_info = exc_info
+        if self.released or self.policy.commit_on == "close":
+            self.released = False
+            self.release()
+        return self.write
+
+    def release(self) -> None:
+        """Hand the start on to the server, if that has not been done.
+
+        :raises AssertionError: there is none, though the body has begun.
+        """
+        if self.released:
+            return
+        if self.status is None:
+            raise AssertionError(_NO_START)
+        if self.failure is not None and self.status[:1] not in "45":
+            # The application caught the error out of write() and calls it a success.
+            raise self.failure
+        self.released = True
+        exc_info, self._exc_info = self._exc_info, None
+        if exc_info is None:
+            self._write = self._server(self.status, self._headers)
+            return
+        try:
+            self._write = self._server(self.status, self._headers, exc_info)
+        finally:
+            exc_info = None  # a traceback that refers to this frame is a cycle
+
+    def write(self, block: bytes, /) -> None:
+        """Hand a block on at once, as the write callable of PEP 3333 does."""
+        if not self.released:
+            if self.policy.commit_on == "headers":
+                self.settle()
+            self.release()
+        self.sent += len(block)
+        self._write(block)
+
+    def measure(self) -> float:
+        """Return the number of bytes that make the body whole: infinite if that is unknown.
+
+        It is 0 where the headers alone are the whole response: HEAD, 1xx, 204, 304
+        (RFC 9110, section 6.4.1).
+
+        :raises AssertionError: the application has not called ``start_response``.
+        """
+        if self.length is None:
+            status = self.status
+            if status is None:
+                raise AssertionError(_NO_START)
+            self.length = math.inf
+            if (
+                self.environ.get("REQUEST_METHOD") == "HEAD"
+                or status[:1] == "1"
+                or status[:3] in ("204", "304")
+            ):
+                self.length = 0
+            else:
+                for name, value in self._headers:
+                    if name.lower() == "content-length" and value.strip().isdecimal():
+                        self.length = int(value)
+        return self.length
+
+    def vetoes(self) -> bool:
+        """Ask the veto.
+
+        :raises AssertionError: the application has not called ``start_response``.
+        """
+        if self.status is None:
+            raise AssertionError(_NO_START)
+        veto = self.policy.commit_veto
+        return veto is not None and veto(self.environ, self.status, self._headers)
+
+    def settle(self) -> None:
+        """Settle the scope now, see :meth:`Scope.settle`."""
+        try:
+            self.scope.settle(veto=self.vetoes)
+        except BaseException as failure:
+            self._note(failure)
+            raise
+
+    def end(self, error: BaseException | None = None, *, complete: bool = True) -> None:
+        """End the scope, see :meth:`Scope.end`."""
+        try:
+            self.scope.end(error, complete=complete, veto=self.vetoes)
+        except BaseException as failure:
+            self._note(failure)
+            raise
+
+    def _note(self, failure: BaseException) -> None:
+        if self.scope.reason == "commit failed":
+            self.failure = failure
+            log.error(
+                "%s: the commit failed, everything is rolled back: %s",
+                describe(self.environ),
+                failure,
+                exc_info=failure,
+            )
+
+    def is_answerable(self) -> bool:
+        """Say whether ``commit_error`` can still answer: nothing of the body was handed on."""
+        return (
+            self.policy.commit_error is not None
+            and isinstance(self.failure, Exception)
+            and not self.sent
+        )
+
+    def answer(self) -> Iterable[bytes]:
+        """Let ``commit_error`` answer. Call it while the failure is handled, in no step."""
+        assert self.policy.commit_error is not None
+        return self.policy.commit_error(self.environ, self._restart)
+
+    def _restart(
+        self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
+    ) -> Callable[[bytes], object]:
+        failure = self.failure
+        if exc_info is None and self.released and failure is not None:
+            # The server has a start, with headers that it has not sent: they can be replaced.
+            exc_info = (type(failure), failure, failure.__traceback__)  # type: ignore[assignment]
+        if exc_info is None:
+            return self._server(status, headers)
+        self.released = True
+        return self._server(status, headers, exc_info)
+
+
+_NO_START = (
+    "the application has not called start_response, though its body has begun or ended, see "
+    '"The start_response() Callable" in PEP 3333'
+)
+
+
+class Response:
+    """The body: the iterable that the server gets where application code is left to run."""
+
+    __slots__ = ("_blocks", "_closed", "_complete", "_iterable", "_start")
+
+    def __init__(self, start: Start, iterable: Iterable[bytes]) -> None:
+        self._start = start
+        self._iterable = iterable
+        self._blocks: Iterator[bytes] | None = None
+        self._complete = False
+        self._closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._closed:  # nothing is left, or the answer of `commit_error`
+            assert self._blocks is not None
+            return next(self._blocks)
+        start = self._start
+        try:
+            block = self._step()
+        except Exception:
+            if not start.is_answerable():
+                raise
+            self._iterable = start.answer()
+            self._blocks = iter(self._iterable)
+            return next(self._blocks)
+        start.release()
+        if block is _END:
+            raise StopIteration
+        start.sent += len(block)
+        return block
+
+    def _step(self) -> bytes:
+        """Get the next block, or `_END`, and settle if this is the moment."""
+        start = self._start
+        scope = start.scope
+        scope.enter()
+        try:
+            if self._blocks is None:
+                self._blocks = iter(self._iterable)
+            block: bytes = next(self._blocks, _END)
+            commit_on = start.policy.commit_on
+            if block is _END:
+                self._complete = True
+            elif not self._complete and start.sent + len(block) >= start.measure():
+                self._complete = True
+                if start.length == 0 and commit_on == "complete":
+                    # With the headers the client has all of it, so the rest comes before them.
+                    for _ in self._blocks:
+                        pass
+            due = self._complete or (commit_on == "headers" and not start.released)
+            if due and commit_on != "close" and scope.undecided():
+                start.settle()
+        except BaseException as error:
+            self._finish(error)
+            raise
+        finally:
+            scope.leave()
+        return block
+
+    def close(self) -> None:
+        """Make the last step: what is undecided is decided now."""
+        start = self._start
+        # A server need not iterate over a body that it must not send.
+        unsent = self._blocks is None and start.status is not None and start.measure() == 0
+        self._make_last_step(complete=self._complete or unsent)
+        if unsent:
+            start.release()
+
+    def __del__(self) -> None:
+        if not self._closed:  # the server forgot close(): what is undecided is rolled back
+            self._make_last_step(complete=False)
+
+    def _make_last_step(self, *, complete: bool) -> None:
+        if self._closed:
+            iterable, self._iterable = self._iterable, ()
+            _close(iterable)
+            return
+        scope = self._start.scope
+        scope.enter()
+        try:
+            self._finish(complete=complete)
+        finally:
+            scope.leave()
+
+    def _finish(self, error: BaseException | None = None, *, complete: bool = False) -> None:
+        """Close the application's iterable, settle the rest and remove the Sessions."""
+        self._closed = True
+        iterable, self._iterable, self._blocks = self._iterable, (), iter(())
+        try:
+            _close(iterable)
+        except BaseException as failure:
+            if error is not None:
+                self._start.end(error)
+                return
+            self._start.end(failure)
+            raise
+        self._start.end(error, complete=complete)

@@ -1,0 +1,148 @@
+"""Flush, prepare, commit, roll back and remove the Sessions of several registries.
+
+This floor knows SQLAlchemy only: a key of a registry is any object here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event, exc
+from sqlalchemy.orm import Session
+
+from ._fork import watch_engine, watch_registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import SessionTransaction, scoped_session
+
+log = logging.getLogger("wsgi_dbsession")
+
+_CONNECTIONS = "wsgi_dbsession.connections"
+_INERROR = 3  # PQTRANS_INERROR of libpq, as psycopg and psycopg2 show it
+
+
+def watch(registry: scoped_session[Any]) -> None:
+    """Learn which connections the Sessions of this registry use, from now on.
+
+    :raises sqlalchemy.exc.ArgumentError: its factory is not a ``sessionmaker``.
+    """
+    watch_registry(registry)
+    if not event.contains(registry.session_factory, "after_begin", _after_begin):
+        event.listen(registry.session_factory, "after_begin", _after_begin)
+
+
+def _after_begin(session: Session, _: SessionTransaction, connection: Connection) -> None:
+    engine = connection.engine
+    watch_engine(engine)
+    session.info.setdefault(_CONNECTIONS, {})[engine] = connection
+
+
+def find(registries: Iterable[scoped_session[Any]], key: object) -> list[Session]:
+    """Return the Sessions that exist under this key; make none."""
+    sessions: list[Session] = []
+    for registry in registries:
+        session = registry.registry.registry.get(key)
+        if session is not None:
+            sessions.append(session)
+    return sessions
+
+
+def commit(sessions: Sequence[Session]) -> None:
+    """Commit whatever transactions these Sessions have begun, all or none as far as it goes.
+
+    All are flushed before the first is committed; two-phase ones are prepared, then one-phase
+    ones are committed, then the prepared ones. Nothing asks for changed objects: a transaction
+    that was begun is committed, because textual SQL leaves no other trace.
+
+    :raises Exception: what SQLAlchemy or the driver raised; the caller rolls back.
+    """
+    if len(sessions) > 1:
+        for session in sessions:
+            if session.in_transaction():
+                session.flush()
+    begun = [session for session in sessions if session.in_transaction()]
+    for session in begun:
+        _refuse_aborted(session)
+    prepared = []
+    if len(begun) > 1:
+        prepared = [session for session in begun if session.twophase]
+        for session in prepared:
+            # prepare() refuses an open savepoint, where commit() ends it with the rest.
+            while (savepoint := session.get_nested_transaction()) is not None:
+                savepoint.commit()
+            session.prepare()
+    for session in begun:
+        if session not in prepared:
+            session.commit()
+    for session in prepared:
+        session.commit()
+
+
+def _refuse_aborted(session: Session) -> None:
+    """Raise if PostgreSQL has aborted the transaction because a statement failed.
+
+    It answers COMMIT with ROLLBACK then, which psycopg and psycopg2 do not report: an error that
+    the application caught would turn into a success that saved nothing.
+    """
+    for connection in session.info.get(_CONNECTIONS, {}).values():
+        if connection.in_transaction() and not connection.invalidated:
+            driver = connection.connection.dbapi_connection
+            status = getattr(getattr(driver, "info", None), "transaction_status", None)
+            if status == _INERROR:
+                msg = (
+                    "cannot commit: a statement failed in this transaction, so PostgreSQL has "
+                    "aborted it, and the application caught the error without a rollback. Put "
+                    "the statement that may fail into `with Session.begin_nested():`, or call "
+                    "Session.rollback() where the error is caught"
+                )
+                raise exc.PendingRollbackError(msg)
+
+
+def rollback(sessions: Iterable[Session], error: BaseException | None = None) -> None:
+    """Roll back these Sessions.
+
+    :param error: why. After a ``BaseException`` that is no ``Exception`` (``GreenletExit``,
+        ``gevent.Timeout``) the answer to a statement may still be on its way, so the connection
+        is thrown away: see ``Session.invalidate()`` in SQLAlchemy's documentation.
+    :raises BaseException: the rollback was interrupted, and there is no earlier error.
+    """
+    interrupted = error is not None and not isinstance(error, Exception)
+    interruption = _each(sessions, Session.invalidate if interrupted else Session.rollback)
+    if interruption is not None and error is None:
+        raise interruption
+
+
+def remove(registries: Iterable[scoped_session[Any]], key: object) -> BaseException | None:
+    """Close the Sessions under this key and forget them.
+
+    Not ``scoped_session.remove()``: that keeps a Session whose ``close()`` raised.
+
+    :return: see :func:`_each`.
+    """
+    found = [registry.registry.registry.pop(key, None) for registry in registries]
+    return _each([session for session in found if session is not None], Session.close)
+
+
+def _each(sessions: Iterable[Session], undo: Callable[[Session], None]) -> BaseException | None:
+    """Undo the work of each Session, though an earlier one failed.
+
+    A failure is logged only: the connection is closed then, and with it the database rolls back.
+
+    :return: the first interruption, an error that is no ``Exception``.
+    """
+    interruption = None
+    for session in sessions:
+        try:
+            undo(session)
+        except BaseException as failure:
+            log.warning("rollback failed, the connection is closed instead", exc_info=True)
+            with contextlib.suppress(Exception):
+                session.invalidate()
+            if interruption is None and not isinstance(failure, Exception):
+                interruption = failure
+    return interruption

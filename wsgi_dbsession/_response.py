@@ -184,10 +184,11 @@ class Start:
 
     def write(self, block: bytes, /) -> None:
         """Hand a block on at once, as the write callable of PEP 3333 does."""
-        if not self.released:
-            if self.policy.commit_on == "headers":
-                self.settle()
-            self.release()
+        complete = self.completes(block)
+        if complete and self.is_held_to_the_end():
+            return
+        self.settle_if_due(complete=complete)
+        self.release()
         self.sent += len(block)
         self._write(block)
 
@@ -216,6 +217,31 @@ class Start:
                         self.length = int(value)
         return self.length
 
+    def completes(self, block: bytes) -> bool:
+        """Say whether the body is whole with this block."""
+        return self.sent + len(block) >= self.measure()
+
+    def is_held_to_the_end(self) -> bool:
+        """Say whether no block may be handed on before the outcome.
+
+        With the headers of a response without a body, the client has all of it.
+        """
+        return self.length == 0 and self.policy.commit_on == "complete"
+
+    def settle_if_due(self, *, complete: bool) -> None:
+        """Settle the scope if this is the moment, before a block is handed on or at exhaustion.
+
+        :param complete: whether the body is whole with this block, or exhausted.
+        """
+        commit_on = self.policy.commit_on
+        due = complete or (commit_on == "headers" and not self.released)
+        if due and commit_on != "close" and self.scope.undecided():
+            try:
+                self.scope.settle(veto=self.vetoes)
+            except BaseException as failure:
+                self._note(failure)
+                raise
+
     def vetoes(self) -> bool:
         """Ask the veto.
 
@@ -225,14 +251,6 @@ class Start:
             raise AssertionError(_NO_START)
         veto = self.policy.commit_veto
         return veto is not None and veto(self.environ, self.status, self._headers)
-
-    def settle(self) -> None:
-        """Settle the scope now, see :meth:`Scope.settle`."""
-        try:
-            self.scope.settle(veto=self.vetoes)
-        except BaseException as failure:
-            self._note(failure)
-            raise
 
     def end(self, error: BaseException | None = None, *, complete: bool = True) -> None:
         """End the scope, see :meth:`Scope.end`."""
@@ -327,18 +345,14 @@ class Response:
             if self._blocks is None:
                 self._blocks = iter(self._iterable)
             block: bytes = next(self._blocks, _END)
-            commit_on = start.policy.commit_on
             if block is _END:
                 self._complete = True
-            elif not self._complete and start.sent + len(block) >= start.measure():
-                self._complete = True
-                if start.length == 0 and commit_on == "complete":
-                    # With the headers the client has all of it, so the rest comes before them.
+            elif not self._complete:
+                self._complete = start.completes(block)
+                if self._complete and start.is_held_to_the_end():
                     for _ in self._blocks:
                         pass
-            due = self._complete or (commit_on == "headers" and not start.released)
-            if due and commit_on != "close" and scope.undecided():
-                start.settle()
+            start.settle_if_due(complete=self._complete)
         except BaseException as error:
             self._finish(error)
             raise

@@ -116,7 +116,7 @@ class Scope:
         self._kept = False
         self._hooks: list[tuple[Outcome, Callable[[], object]]] = []
         self.in_step = False
-        self._innermost = self
+        self._innermost: Scope | None = None
 
     def __repr__(self) -> str:
         environ = self.environ
@@ -152,15 +152,15 @@ class Scope:
     def enter(self) -> None:
         """Start a step: this scope is the current one, in this thread, greenlet and context."""
         self._outer = _current.get()
-        # Not always `self`: a generator may be suspended in a `session_scope` block of its own.
-        _current.set(self._innermost)
+        # A generator may have been suspended in a `session_scope` block of its own.
+        _current.set(self._innermost or self)
         self.in_step = True
 
     def leave(self) -> None:
         """End a step: nothing of this scope is left in the context."""
         self.in_step = False
         innermost = _current.get()
-        self._innermost = self if innermost is None else innermost
+        self._innermost = None if innermost is self else innermost
         # set(), not reset(): the next step may run in another context, which refuses the token.
         _current.set(self._outer)
         self._outer = None
@@ -241,9 +241,9 @@ class Scope:
             is raised where there is an `error`: the first one is the one that propagates.
         """
         try:
-            # Twice where a hook began a new transaction.
-            while self.undecided():
-                self.settle(error, complete=complete, veto=veto)
+            for _ in range(2):  # again where a hook began a new transaction
+                if self.undecided():
+                    self.settle(error, complete=complete, veto=veto)
         except BaseException:
             self._forget()
             if error is None:
@@ -276,18 +276,17 @@ class Scope:
                         log.exception("a hook failed after the %s: %r", outcome, hook)
 
     def _log_discarded(self) -> None:
+        environ = self.environ or {}
+        safe = environ.get("REQUEST_METHOD") in _SAFE_METHODS
         for session in find(self.registries, self):
+            # Which statements were writes, nobody knows: the method says what to expect.
             if session.in_transaction() and (
-                self.environ is None
-                or self.environ.get("REQUEST_METHOD") not in _SAFE_METHODS
-                or session.new
-                or session.dirty
-                or session.deleted
+                not safe or session.new or session.dirty or session.deleted
             ):
                 log.info(
-                    "%s: its writes are rolled back because of the veto; "
+                    "%s: its writes are rolled back because of the status; "
                     "scope.keep() commits in spite of it",
-                    describe(self.environ or {}),
+                    describe(environ),
                 )
                 return
 
@@ -361,7 +360,9 @@ class session_scope:  # noqa: N801 - used like contextlib's context managers
         return in_scope
 
 
-def check_registries(registries: tuple[Any, ...]) -> tuple[scoped_session[Any], ...]:
+def check_registries(
+    registries: tuple[scoped_session[Any], ...],
+) -> tuple[scoped_session[Any], ...]:
     """Return the registries if they can be used as they are, and watch them from now on.
 
     :raises TypeError: one is not a ``scoped_session`` over a ``sessionmaker``.
@@ -371,14 +372,13 @@ def check_registries(registries: tuple[Any, ...]) -> tuple[scoped_session[Any], 
     if not registries:
         msg = f"no session registry was given: pass the application's own, made by `{mend}`"
         raise ValueError(msg)
-    registry: Any
     for registry in registries:
-        if not isinstance(registry, scoped_session):
+        kind: type = type(registry)  # of which the annotation knows only what it should be
+        if not issubclass(kind, scoped_session):
             msg = f"a session registry is a scoped_session, not {registry!r}: make it by `{mend}`"
             raise TypeError(msg)
         # A thread-local registry has no such attribute.
-        scoped: Any = registry.registry
-        if getattr(scoped, "scopefunc", None) is not current_scope:
+        if getattr(registry.registry, "scopefunc", None) is not current_scope:
             msg = (
                 f"the scopefunc of {registry!r} is not current_scope, so its Sessions would not "
                 f"belong to the request: make it by `{mend}`"

@@ -1,0 +1,128 @@
+"""Fixtures: a PostgreSQL server for the run, databases for the worker, tables for the test."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests import postgres
+from tests.models import Base, Database, make_database
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import URL
+
+DIRECTORY = pytest.StashKey[Path]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the run's workers a place to share one PostgreSQL server."""
+    workerinput: dict[str, str] | None = getattr(config, "workerinput", None)
+    if workerinput is not None:
+        config.stash[DIRECTORY] = Path(workerinput["postgres_directory"])
+    else:
+        run = postgres.Run()
+        config.stash[DIRECTORY] = run.directory
+        config.add_cleanup(run.end)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist where that place is."""
+    node.workerinput["postgres_directory"] = str(node.config.stash[DIRECTORY])
+
+
+@pytest.fixture(scope="session")
+def postgres_server(pytestconfig: pytest.Config) -> postgres.Server:
+    """The PostgreSQL server of this test run."""
+    return postgres.server(pytestconfig.stash[DIRECTORY])
+
+
+@pytest.fixture(scope="session")
+def postgres_url(postgres_server: postgres.Server) -> URL:
+    """A PostgreSQL database of the worker's own, with the tables of :mod:`tests.models`."""
+    return _create_postgres(postgres_server, "test")
+
+
+@pytest.fixture(scope="session")
+def other_postgres_url(postgres_server: postgres.Server) -> URL:
+    """A second database like that, for transactions over two."""
+    return _create_postgres(postgres_server, "other")
+
+
+@pytest.fixture
+def postgres_admin(
+    postgres_server: postgres.Server, postgres_url: URL
+) -> Iterator[postgres.Admin]:
+    """A look at the worker's PostgreSQL database from outside: connections, locks, their end."""
+    with postgres_server.connect() as connection:
+        yield postgres.Admin(connection, str(postgres_url.database))
+
+
+@pytest.fixture
+def sqlite_database(tmp_path: Path) -> Iterator[Database]:
+    """A SQLite file with empty tables."""
+    yield from _use(make_database(f"sqlite:///{tmp_path / 'test.db'}"), create=True)
+
+
+@pytest.fixture
+def postgres_database(postgres_server: postgres.Server, postgres_url: URL) -> Iterator[Database]:
+    """The worker's PostgreSQL database with empty tables."""
+    yield from _use_postgres(postgres_server, postgres_url)
+
+
+@pytest.fixture
+def other_postgres_database(
+    postgres_server: postgres.Server, other_postgres_url: URL
+) -> Iterator[Database]:
+    """The worker's second PostgreSQL database with empty tables."""
+    yield from _use_postgres(postgres_server, other_postgres_url)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest) -> Database:
+    """Each of the databases in turn; at the test's end no connection may be checked out."""
+    found: Database = request.getfixturevalue(f"{request.param}_database")
+    return found
+
+
+def _create_postgres(server: postgres.Server, name: str) -> URL:
+    url = server.create_database(f"{name}_{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
+    made = make_database(url)
+    Base.metadata.create_all(made.observer)
+    return url
+
+
+def _use_postgres(server: postgres.Server, url: URL) -> Iterator[Database]:
+    with server.connect() as connection:
+        admin = postgres.Admin(connection, str(url.database))
+        try:
+            yield from _use(make_database(url))
+            left = admin.prepared()
+        finally:
+            # What a failed test left would make all those after it wait for its locks.
+            admin.terminate()
+            admin.forget_prepared(server)
+            with server.connect(admin.database) as cleaner:
+                cleaner.execute("TRUNCATE note, author, book RESTART IDENTITY")
+        assert not left, f"prepared transactions were left: {left}"
+
+
+def _use(database: Database, *, create: bool = False) -> Iterator[Database]:
+    if create:
+        Base.metadata.create_all(database.observer)
+    yield database
+    left = _checked_out(database)
+    database.engine.dispose()
+    assert left == 0, f"{left} connections were not returned to the pool"
+
+
+def _checked_out(database: Database) -> int:
+    # QueuePool has it, and the engines of these fixtures have a QueuePool.
+    pool: Any = database.engine.pool
+    count: int = pool.checkedout()
+    return count

@@ -1,0 +1,35 @@
+"""Collects the Python code in README.md and docs/ as tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from typing import Any
+
+from sqlalchemy import Engine
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+
+def _enter_directory(namespace: dict[str, Any]) -> None:
+    # The examples write "sqlite:///app.db"; not into the source tree.
+    namespace["_back"] = os.getcwd()
+    namespace["_directory"] = tempfile.mkdtemp()
+    os.chdir(namespace["_directory"])
+
+
+def _leave_directory(namespace: dict[str, Any]) -> None:
+    for value in namespace.values():
+        if isinstance(value, Engine):
+            value.dispose()
+    os.chdir(namespace["_back"])
+    shutil.rmtree(namespace["_directory"])
+
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/*.md"],
+    setup=_enter_directory,
+    teardown=_leave_directory,
+).pytest()

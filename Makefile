@@ -1,0 +1,81 @@
+# Needs Python 3.10 or newer and make; everything else is installed into .venv from PyPI.
+#
+#   make demo             run the example application (ONCE=1: its checks only, then end)
+#   make test             tests with coverage, lint, types (ARGS="-k commit" goes to pytest)
+#   make bench            measure, in an environment of its own (QUICK=1: only see that it runs)
+#   make tox              the tests on each Python that is here, with each SQLAlchemy
+#   make clean            remove whatever these have made
+#
+# PYTHON=python3.12 takes another interpreter than python3 (after "make clean").
+
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+BENCH_VENV := .bench-venv
+BIN := $(VENV)/bin
+
+yes = $(filter-out 0 no false,$(1))
+# pip 25.1 was the first to know dependency groups.
+define make_venv
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try: make PYTHON=python3.12 ...")'
+$(PYTHON) -m venv --clear $(1)
+$(1)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+touch $(1)/.made
+endef
+pip_install = -m pip install --quiet --disable-pip-version-check --editable . --group
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test unit lint types format bench tox clean
+
+help:
+	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
+
+demo: $(VENV)/.installed-examples
+	$(BIN)/python examples/demo.py $(if $(call yes,$(ONCE)),--once)
+
+test: unit lint types
+
+unit: $(VENV)/.installed-dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(BENCH_VENV)/.installed-bench
+	$(BENCH_VENV)/bin/python -m benchmarks $(if $(call yes,$(QUICK)),--quick) $(ARGS)
+
+tox: $(VENV)/.installed-dev
+	$(BIN)/tox run $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(BENCH_VENV) .tox .coverage .coverage.* .hypothesis .mypy_cache \
+	    .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	$(call make_venv,$(VENV))
+
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/.made
+	$(BIN)/python $(pip_install) $*
+	touch $@
+
+$(BENCH_VENV)/.made:
+	$(call make_venv,$(BENCH_VENV))
+
+$(BENCH_VENV)/.installed-%: pyproject.toml | $(BENCH_VENV)/.made
+	$(BENCH_VENV)/bin/python $(pip_install) $*
+	touch $@

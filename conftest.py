@@ -13,6 +13,8 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 
 def _enter_directory(namespace: dict[str, Any]) -> None:
+    # Flask looks for the files of the module it is given.
+    namespace["__name__"] = __name__
     # The examples write "sqlite:///app.db"; not into the source tree.
     namespace["_back"] = os.getcwd()
     namespace["_directory"] = tempfile.mkdtemp()

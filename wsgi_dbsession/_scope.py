@@ -201,6 +201,17 @@ class Scope:
 
         :raises BaseException: the veto raised or the commit failed, and all was rolled back.
         """
+        innermost = _current.get()
+        # The outcome and its hooks are this scope's, though the generator is in another block.
+        _current.set(self)
+        try:
+            self._settle(error, complete, veto)
+        finally:
+            _current.set(innermost)
+
+    def _settle(
+        self, error: BaseException | None, complete: bool, veto: Callable[[], bool] | None
+    ) -> None:
         try:
             outcome, reason = self.decide(error, complete, veto)
         except BaseException as failure:

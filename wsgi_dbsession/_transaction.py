@@ -67,7 +67,7 @@ def commit(sessions: Sequence[Session]) -> None:
                 session.flush()
     begun = [session for session in sessions if session.in_transaction()]
     for session in begun:
-        _refuse_aborted(session)
+        _refuse_failed(session)
     prepared = []
     if len(begun) > 1:
         prepared = [session for session in begun if session.twophase]
@@ -83,24 +83,26 @@ def commit(sessions: Sequence[Session]) -> None:
         session.commit()
 
 
-def _refuse_aborted(session: Session) -> None:
-    """Raise if PostgreSQL has aborted the transaction because a statement failed.
+def _refuse_failed(session: Session) -> None:
+    """Raise if the transaction cannot be committed any more, before any other one is committed.
 
-    It answers COMMIT with ROLLBACK then, which psycopg and psycopg2 do not report: an error that
-    the application caught would turn into a success that saved nothing.
+    After a failed flush, SQLAlchemy itself says so, but not before its turn comes. After a failed
+    statement, PostgreSQL answers COMMIT with ROLLBACK, and psycopg and psycopg2 do not report it:
+    an error that the application caught would turn into a success that saved nothing.
     """
+    failed = not session.is_active
     for connection in session.info.get(_CONNECTIONS, {}).values():
         if connection.in_transaction() and not connection.invalidated:
             driver = connection.connection.dbapi_connection
             status = getattr(getattr(driver, "info", None), "transaction_status", None)
-            if status == _INERROR:
-                msg = (
-                    "cannot commit: a statement failed in this transaction, so PostgreSQL has "
-                    "aborted it, and the application caught the error without a rollback. Put "
-                    "the statement that may fail into `with Session.begin_nested():`, or call "
-                    "Session.rollback() where the error is caught"
-                )
-                raise exc.PendingRollbackError(msg)
+            failed = failed or status == _INERROR
+    if failed:
+        msg = (
+            "cannot commit: a statement failed in this transaction, and the application caught "
+            "the error without a rollback. Put the statement that may fail into "
+            "`with Session.begin_nested():`, or call Session.rollback() where the error is caught"
+        )
+        raise exc.PendingRollbackError(msg)
 
 
 def rollback(sessions: Iterable[Session], error: BaseException | None = None) -> None:

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
-    from sqlalchemy.orm import scoped_session
-    from sqlalchemy.pool import Pool
+    from sqlalchemy.orm import Session, scoped_session
+
+CONNECTIONS = "wsgi_dbsession.connections"
+"""Where a Session's ``info`` has the connections of its transaction, by engine."""
 
 # Forks belong to the process, so this state does too. Weak: it keeps nobody's engine alive.
 _registries: weakref.WeakSet[scoped_session[Any]] = weakref.WeakSet()
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _pid = os.getpid()
 
-# Pools of the parent. Some drivers (mysqlclient) say goodbye to the server when a connection is
-# garbage-collected, on the socket that the parent still uses. So the child keeps them, unused.
-_inherited: list[Pool] = []
+# What the parent goes on to use. Some drivers say goodbye to the server when a connection is
+# garbage-collected, on the socket of the parent: so the child keeps it, unused.
+_inherited: list[object] = []
 
 
 def watch_registry(registry: scoped_session[Any]) -> None:
@@ -32,11 +34,12 @@ def watch_registry(registry: scoped_session[Any]) -> None:
 
 def watch_engine(engine: Engine) -> None:
     """Dispose of this engine too: a Session used it, by whatever way it found it."""
-    _engines.add(engine)
+    # Engine.execution_options() makes engines that share a pool, and pass.
+    _engines.add(getattr(engine, "_proxied", engine))
 
 
 def dispose_after_fork() -> None:
-    """Start with an empty pool in every engine, if this process is a child that has not yet.
+    """Start with empty pools and registries, if this process is a child that has not yet.
 
     Called by Python in every child that ``os.fork()`` makes, and once a request, because uWSGI
     forks in C and runs Python's handlers only with ``py-call-osafterfork``.
@@ -45,6 +48,7 @@ def dispose_after_fork() -> None:
     if os.getpid() == _pid:
         return
     for registry in list(_registries):
+        _abandon_sessions(registry.registry.registry)
         options: dict[str, Any] = registry.session_factory.kw
         binds: dict[Any, Any] = options.get("binds") or {}
         for bind in (options.get("bind"), *binds.values()):
@@ -55,6 +59,20 @@ def dispose_after_fork() -> None:
         engine.dispose(close=False)
     # Last: a thread that comes in between must not find the parent's pool.
     _pid = os.getpid()
+
+
+def _abandon_sessions(sessions: dict[object, Session]) -> None:
+    """Forget the parent's Sessions, without a word on their connections."""
+    for session in sessions.values():
+        _inherited.append(session)
+        for connection in session.info.get(CONNECTIONS, {}).values():
+            if not (connection.closed or connection.invalidated):
+                proxied = connection.connection
+                _inherited.append(proxied.dbapi_connection)
+                # Or the pool sends a ROLLBACK when it is collected, at the latest when the child
+                # exits. The recipe is in "Using Connection Pools with Multiprocessing".
+                proxied._connection_record.dbapi_connection = proxied.dbapi_connection = None
+    sessions.clear()
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has no fork

@@ -7,6 +7,7 @@ held until the outcome is known or a block has to be handed on.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -58,7 +59,8 @@ def respond(
             try:
                 start.end()
             except BaseException:
-                _close(result)
+                with contextlib.suppress(BaseException):
+                    _close(result)
                 raise
         except BaseException as error:
             start.end(error)
@@ -72,7 +74,8 @@ def respond(
     try:
         start.release()
     except BaseException:
-        _close(result)
+        with contextlib.suppress(BaseException):
+            _close(result)
         raise
     return result
 

@@ -8,8 +8,7 @@ import os
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from sqlalchemy.exc import ArgumentError
-from sqlalchemy.orm import scoped_session
+from sqlalchemy.orm import scoped_session, sessionmaker
 
 from ._fork import dispose_after_fork
 from ._transaction import commit, find, log, remove, rollback, watch
@@ -165,6 +164,14 @@ class Scope:
         _current.set(self._outer)
         self._outer = None
 
+    def leave_block(self) -> None:
+        """End a ``session_scope`` block."""
+        self.in_step = False
+        # The collector may close a generator, and with it a block, in the midst of anything else.
+        if _current.get() is self:
+            _current.set(self._outer)
+        self._outer = None
+
     def join(self, registries: tuple[scoped_session[Any], ...]) -> None:
         """Take care of these registries too: those of a nested middleware."""
         self.registries = tuple(dict.fromkeys(self.registries + registries))
@@ -295,8 +302,8 @@ class Scope:
                 not safe or session.new or session.dirty or session.deleted
             ):
                 log.info(
-                    "%s: its writes are rolled back because of the status; "
-                    "scope.keep() commits in spite of it",
+                    "%s: what it wrote is rolled back because of its status; "
+                    "scope.keep() commits in spite of that",
                     describe(environ),
                 )
                 return
@@ -348,7 +355,7 @@ class session_scope:  # noqa: N801 - used like contextlib's context managers
         try:
             scope.end(error)
         finally:
-            scope.leave()
+            scope.leave_block()
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate a function, so that every call is a block."""
@@ -395,11 +402,12 @@ def check_registries(
                 f"belong to the request: make it by `{mend}`"
             )
             raise ValueError(msg)
-        try:
-            watch(registry)
-        except ArgumentError:
-            msg = f"the session factory of {registry!r} is not a sessionmaker: make it by `{mend}`"
-            raise TypeError(msg) from None
+        factory: type = type(registry.session_factory)
+        if not issubclass(factory, sessionmaker):
+            msg = f"the factory of {registry!r} is not a sessionmaker: make it by `{mend}`"
+            raise TypeError(msg)
+    for registry in registries:
+        watch(registry)
     return tuple(dict.fromkeys(registries))
 
 

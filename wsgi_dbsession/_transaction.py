@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event, exc
 from sqlalchemy.orm import Session
 
-from ._fork import watch_engine, watch_registry
+from ._fork import CONNECTIONS, watch_engine, watch_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -22,15 +22,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wsgi_dbsession")
 
-_CONNECTIONS = "wsgi_dbsession.connections"
 _INERROR = 3  # PQTRANS_INERROR of libpq, as psycopg and psycopg2 show it
 
 
 def watch(registry: scoped_session[Any]) -> None:
-    """Learn which connections the Sessions of this registry use, from now on.
-
-    :raises sqlalchemy.exc.ArgumentError: its factory is not a ``sessionmaker``.
-    """
+    """Learn which connections the Sessions of this registry use, from now on."""
     watch_registry(registry)
     if not event.contains(registry.session_factory, "after_begin", _after_begin):
         event.listen(registry.session_factory, "after_begin", _after_begin)
@@ -39,7 +35,7 @@ def watch(registry: scoped_session[Any]) -> None:
 def _after_begin(session: Session, _: SessionTransaction, connection: Connection) -> None:
     engine = connection.engine
     watch_engine(engine)
-    session.info.setdefault(_CONNECTIONS, {})[engine] = connection
+    session.info.setdefault(CONNECTIONS, {})[engine] = connection
 
 
 def find(registries: Iterable[scoped_session[Any]], key: object) -> list[Session]:
@@ -68,19 +64,24 @@ def commit(sessions: Sequence[Session]) -> None:
     begun = [session for session in sessions if session.in_transaction()]
     for session in begun:
         _refuse_failed(session)
-    prepared = []
-    if len(begun) > 1:
-        prepared = [session for session in begun if session.twophase]
-        for session in prepared:
+    two_phase = [session for session in begun if session.twophase and len(begun) > 1]
+    prepared: list[Session] = []
+    try:
+        for session in two_phase:
             # prepare() refuses an open savepoint, where commit() ends it with the rest.
             while (savepoint := session.get_nested_transaction()) is not None:
                 savepoint.commit()
             session.prepare()
-    for session in begun:
-        if session not in prepared:
+            prepared.append(session)
+        for session in begun:
+            if session not in two_phase:
+                session.commit()
+        for session in prepared:
             session.commit()
-    for session in prepared:
-        session.commit()
+    except BaseException:
+        # Before anybody invalidates them: a prepared transaction survives its connection.
+        _each(prepared, Session.rollback)
+        raise
 
 
 def _refuse_failed(session: Session) -> None:
@@ -91,7 +92,7 @@ def _refuse_failed(session: Session) -> None:
     an error that the application caught would turn into a success that saved nothing.
     """
     failed = not session.is_active
-    for connection in session.info.get(_CONNECTIONS, {}).values():
+    for connection in session.info.get(CONNECTIONS, {}).values():
         if connection.in_transaction() and not connection.invalidated:
             driver = connection.connection.dbapi_connection
             status = getattr(getattr(driver, "info", None), "transaction_status", None)

@@ -41,8 +41,8 @@ def watch_engine(engine: Engine) -> None:
 def dispose_after_fork() -> None:
     """Start with empty pools and registries, if this process is a child that has not yet.
 
-    Called by Python in every child that ``os.fork()`` makes, and once a request, because uWSGI
-    forks in C and runs Python's handlers only with ``py-call-osafterfork``.
+    Called by Python in every child that ``os.fork()`` makes, and before a scope makes its first
+    Session: uWSGI forks in C, and runs Python's handlers only with ``py-call-osafterfork``.
     """
     global _pid
     if os.getpid() == _pid:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, get_args
 
-from ._fork import dispose_after_fork
 from ._response import CommitOn, Policy, respond
 from ._scope import Scope, check_registries, scope_of
 
@@ -97,7 +96,6 @@ class SessionMiddleware:
             # Nested: one environ is one unit of work, and the outermost middleware decides.
             outer.join(self._registries)
             return self.app(environ, start_response)
-        dispose_after_fork()
         scope = Scope(self._registries, environ)
         environ["wsgi_dbsession.scope"] = scope
         return respond(self.app, environ, start_response, scope, self._policy)

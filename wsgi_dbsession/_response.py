@@ -72,7 +72,8 @@ def respond(
             raise
         return start.answer()
     try:
-        start.release()
+        if not start.released:
+            start.release()
     except BaseException:
         with contextlib.suppress(BaseException):
             _close(result)
@@ -141,8 +142,6 @@ class Start:
         self.released = False
         self.failure: BaseException | None = None  # of the commit
         self._server = start_response
-        self._headers: list[tuple[str, str]] = []
-        self._exc_info: OptExcInfo | None = None
 
     def __call__(
         self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
@@ -159,17 +158,14 @@ class Start:
         self._headers = headers
         self._exc_info = exc_info
         if self.released or self.policy.commit_on == "close":
-            self.released = False
             self.release()
         return self.write
 
     def release(self) -> None:
-        """Hand the start on to the server, if that has not been done.
+        """Hand the start on to the server.
 
         :raises AssertionError: there is none, though the body has begun.
         """
-        if self.released:
-            return
         if self.status is None:
             raise AssertionError(_NO_START)
         if self.failure is not None and self.status[:1] not in "45":
@@ -191,7 +187,8 @@ class Start:
         if complete and self.is_held_to_the_end():
             return
         self.settle_if_due(complete=complete)
-        self.release()
+        if not self.released:
+            self.release()
         self.sent += len(block)
         self._write(block)
 
@@ -325,42 +322,37 @@ class Response:
             assert self._blocks is not None
             return next(self._blocks)
         start = self._start
+        scope = start.scope
         try:
-            block = self._step()
+            scope.enter()
+            try:
+                if self._blocks is None:
+                    self._blocks = iter(self._iterable)
+                block = next(self._blocks, _END)
+                if block is _END:
+                    self._complete = True
+                elif not self._complete:
+                    self._complete = start.completes(block)
+                    if self._complete and start.is_held_to_the_end():
+                        for _ in self._blocks:
+                            pass
+                start.settle_if_due(complete=self._complete)
+            except BaseException as error:
+                self._finish(error)
+                raise
+            finally:
+                scope.leave()
         except Exception:
             if not start.is_answerable():
                 raise
             self._iterable = start.answer()
             self._blocks = iter(self._iterable)
             return next(self._blocks)
-        start.release()
+        if not start.released:
+            start.release()
         if block is _END:
             raise StopIteration
         start.sent += len(block)
-        return block
-
-    def _step(self) -> bytes:
-        """Get the next block, or `_END`, and settle if this is the moment."""
-        start = self._start
-        scope = start.scope
-        scope.enter()
-        try:
-            if self._blocks is None:
-                self._blocks = iter(self._iterable)
-            block: bytes = next(self._blocks, _END)
-            if block is _END:
-                self._complete = True
-            elif not self._complete:
-                self._complete = start.completes(block)
-                if self._complete and start.is_held_to_the_end():
-                    for _ in self._blocks:
-                        pass
-            start.settle_if_due(complete=self._complete)
-        except BaseException as error:
-            self._finish(error)
-            raise
-        finally:
-            scope.leave()
         return block
 
     def close(self) -> None:
@@ -369,7 +361,7 @@ class Response:
         # A server need not iterate over a body that it must not send.
         unsent = self._blocks is None and start.status is not None and start.measure() == 0
         self._make_last_step(complete=self._complete or unsent)
-        if unsent:
+        if unsent and not start.released:
             start.release()
 
     def __del__(self) -> None:

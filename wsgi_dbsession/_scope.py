@@ -59,6 +59,9 @@ def current_scope() -> Scope:
             "`with session_scope(Session):`"
         )
         raise NoScopeError(msg)
+    if not scope.in_use:
+        dispose_after_fork()
+        scope.in_use = True
     return scope
 
 
@@ -70,13 +73,13 @@ class Scope:
     """
 
     __slots__ = (
-        "_doomed",
         "_hooks",
         "_innermost",
-        "_kept",
         "_outer",
+        "_word",
         "environ",
         "in_step",
+        "in_use",
         "info",
         "outcome",
         "reason",
@@ -90,13 +93,19 @@ class Scope:
     """A place for the application's own data about this unit of work."""
 
     outcome: Outcome | None
-    """What became of the work: None until it is decided, "rollback" also if the commit failed."""
+    """What became of the work, "rollback" also if the commit failed.
+
+    None until it is decided, and where there is nothing to decide: no Session was asked for.
+    """
 
     reason: Reason | None
     """Why the outcome is what it is."""
 
     in_step: bool
     """Whether one of its steps is running; between them, and afterwards, it is refused."""
+
+    in_use: bool
+    """Whether a registry has asked for it, so that it may have Sessions."""
 
     registries: tuple[scoped_session[Any], ...]
     """The registries whose Sessions share the outcome."""
@@ -111,10 +120,10 @@ class Scope:
         self.outcome = None
         self.reason = None
         self.registries = registries
-        self._doomed = False
-        self._kept = False
-        self._hooks: list[tuple[Outcome, Callable[[], object]]] = []
         self.in_step = False
+        self.in_use = False
+        self._word: Literal["doomed", "kept"] | None = None
+        self._hooks: tuple[tuple[Outcome, Callable[[], object]], ...] = ()
         self._innermost: Scope | None = None
 
     def __repr__(self) -> str:
@@ -126,25 +135,25 @@ class Scope:
 
     def doom(self) -> None:
         """Roll back, whatever else is said."""
-        self._doomed = True
+        self._word = "doomed"
 
     def keep(self) -> None:
         """Commit in spite of the veto: a failed login that must be counted.
 
         An error, :meth:`doom` and an incomplete body still roll back.
         """
-        self._kept = True
+        self._word = self._word or "kept"
 
     def on_commit(self, hook: Callable[[], object]) -> None:
         """Call ``hook()`` after the commit, if it takes place; errors in it are logged only.
 
         A commit of nothing counts: the work succeeded, though it had no use for the database.
         """
-        self._hooks.append(("commit", hook))
+        self._hooks = (*self._hooks, ("commit", hook))
 
     def on_rollback(self, hook: Callable[[], object]) -> None:
         """Call ``hook()`` after a rollback; errors in it are logged only."""
-        self._hooks.append(("rollback", hook))
+        self._hooks = (*self._hooks, ("rollback", hook))
 
     # -- steps ------------------------------------------------------------------------------------
 
@@ -187,11 +196,11 @@ class Scope:
         """Say which outcome it is, and why: the first row that holds."""
         if error is not None:
             return "rollback", "error"
-        if self._doomed:
+        if self._word == "doomed":
             return "rollback", "doomed"
         if not complete:
             return "rollback", "incomplete"
-        if self._kept:
+        if self._word == "kept":
             return "commit", "kept"
         if veto is not None and veto():
             return "rollback", "veto"
@@ -235,14 +244,14 @@ class Scope:
             self._roll_back(failure, "commit failed")
             raise
         self.outcome, self.reason = outcome, reason
-        if self._hooks:
-            self._run_hooks(outcome)
+        self._run_hooks(outcome)
 
     def undecided(self) -> bool:
         """Say whether there is something that no outcome has covered yet."""
-        return (
+        if self._hooks:
+            return True
+        return self.in_use and (
             self.outcome is None
-            or bool(self._hooks)
             or any(session.in_transaction() for session in find(self.registries, self))
         )
 
@@ -258,6 +267,9 @@ class Scope:
         :raises BaseException: see :meth:`settle`; the Sessions are removed all the same. Nothing
             is raised where there is an `error`: the first one is the one that propagates.
         """
+        if not (self.in_use or self._hooks):
+            self.environ = None
+            return
         try:
             for _ in range(2):  # again where a hook began a new transaction
                 if self.undecided():
@@ -285,7 +297,7 @@ class Scope:
 
     def _run_hooks(self, outcome: Outcome) -> None:
         while self._hooks:
-            hooks, self._hooks = self._hooks, []
+            hooks, self._hooks = self._hooks, ()
             for when, hook in hooks:
                 if when == outcome:
                     try:
@@ -336,7 +348,6 @@ class session_scope:  # noqa: N801 - used like contextlib's context managers
         if self._scope is not None:
             msg = "this block is entered already: write `with session_scope(...)` anew"
             raise RuntimeError(msg)
-        dispose_after_fork()
         outer = _current.get()
         scope = self._scope = Scope(self._registries)
         if outer is not None:

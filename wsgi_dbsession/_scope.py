@@ -56,7 +56,8 @@ def current_scope() -> Scope:
             "there is no scope here to keep a Session in. In a request: is the WSGI application "
             "wrapped in SessionMiddleware(app, Session)? In a script, a job, a shell, or a thread "
             "or greenlet that the application started: put the work into "
-            "`with session_scope(Session):`"
+            "`with session_scope(Session):`. To configure a registry, no scope is needed: "
+            "`Session.session_factory.configure(...)`"
         )
         raise NoScopeError(msg)
     if not scope.in_use:

@@ -263,12 +263,14 @@ class Start:
     def _note(self, failure: BaseException) -> None:
         if self.scope.reason == "commit failed":
             self.failure = failure
-            log.error(
-                "%s: the commit failed, everything is rolled back: %s",
-                describe(self.environ),
-                failure,
-                exc_info=failure,
-            )
+            retry = self.environ.get("wsgi_dbsession.retry")
+            if retry is None or not retry.will_retry(self.scope, failure):
+                log.error(
+                    "%s: the commit failed, everything is rolled back: %s",
+                    describe(self.environ),
+                    failure,
+                    exc_info=failure,
+                )
 
     def is_answerable(self) -> bool:
         """Say whether ``commit_error`` can still answer: nothing of the body was handed on."""

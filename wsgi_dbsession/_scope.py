@@ -14,7 +14,7 @@ from ._fork import dispose_after_fork
 from ._transaction import commit, find, log, remove, rollback, watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import TracebackType
     from typing import TypeAlias
 
@@ -427,6 +427,14 @@ def scope_of(environ: WSGIEnvironment) -> Scope | None:
     """Return the scope in force if it is that of this request."""
     scope = _current.get()
     return scope if scope is not None and scope.environ is environ else None
+
+
+def scopes_in_force() -> Iterator[Scope]:
+    """Go through the scopes in force, from the innermost outwards."""
+    scope = _current.get()
+    while scope is not None:
+        yield scope
+        scope = scope._outer
 
 
 def describe(environ: WSGIEnvironment) -> str:

@@ -13,7 +13,7 @@ import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ._scope import describe
-from ._transaction import log
+from ._transaction import is_unknown, log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -265,12 +265,12 @@ class Start:
             self.failure = failure
             retry = self.environ.get("wsgi_dbsession.retry")
             if retry is None or not retry.will_retry(self.scope, failure):
-                log.error(
-                    "%s: the commit failed, everything is rolled back: %s",
-                    describe(self.environ),
-                    failure,
-                    exc_info=failure,
+                what = (
+                    "the connection broke during the commit, nobody knows if it took place"
+                    if is_unknown(failure)
+                    else "the commit failed, everything is rolled back"
                 )
+                log.error("%s: %s: %s", describe(self.environ), what, failure, exc_info=failure)
 
     def is_answerable(self) -> bool:
         """Say whether ``commit_error`` can still answer: nothing of the body was handed on."""

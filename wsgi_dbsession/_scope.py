@@ -153,7 +153,10 @@ class Scope:
         self._hooks = (*self._hooks, ("commit", hook))
 
     def on_rollback(self, hook: Callable[[], object]) -> None:
-        """Call ``hook()`` after a rollback; errors in it are logged only."""
+        """Call ``hook()`` after a rollback; errors in it are logged only.
+
+        A failed commit counts, also one whose connection broke in between: it may have taken place.
+        """
         self._hooks = (*self._hooks, ("rollback", hook))
 
     # -- steps ------------------------------------------------------------------------------------

@@ -106,6 +106,18 @@ def _refuse_failed(session: Session) -> None:
         raise exc.PendingRollbackError(msg)
 
 
+def is_unknown(failure: BaseException) -> bool:
+    """Say whether the connection broke during COMMIT: nobody knows if that took place.
+
+    Then the error has no statement; a flush that failed on the way to the commit has one.
+    """
+    return (
+        isinstance(failure, exc.DBAPIError)
+        and failure.connection_invalidated
+        and failure.statement is None
+    )
+
+
 def rollback(sessions: Iterable[Session], error: BaseException | None = None) -> None:
     """Roll back these Sessions.
 

@@ -148,6 +148,8 @@ class Start:
     ) -> Callable[[bytes], object]:
         """Take the application's word, see "The start_response() Callable" in PEP 3333."""
         if self.status is not None and exc_info is None:
+            # Who wants to start anew has failed, and may catch this error too (a debugger).
+            self.scope.doom()
             msg = (
                 "start_response was called a second time without exc_info, see "
                 '"The start_response() Callable" in PEP 3333'

@@ -155,7 +155,7 @@ class Scope:
     def on_rollback(self, hook: Callable[[], object]) -> None:
         """Call ``hook()`` after a rollback; errors in it are logged only.
 
-        A failed commit counts, also one whose connection broke in between: it may have taken place.
+        A failed commit counts, though it may have taken place if its connection broke.
         """
         self._hooks = (*self._hooks, ("rollback", hook))
 

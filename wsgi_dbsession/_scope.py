@@ -76,13 +76,13 @@ class Scope:
     __slots__ = (
         "_hooks",
         "_innermost",
-        "_outer",
         "_word",
         "environ",
         "in_step",
         "in_use",
         "info",
         "outcome",
+        "outer",
         "reason",
         "registries",
     )
@@ -108,6 +108,9 @@ class Scope:
     in_use: bool
     """Whether a registry has asked for it, so that it may have Sessions."""
 
+    outer: Scope | None
+    """The scope that this one is in, during a step."""
+
     registries: tuple[scoped_session[Any], ...]
     """The registries whose Sessions share the outcome."""
 
@@ -120,6 +123,7 @@ class Scope:
         self.info = {}
         self.outcome = None
         self.reason = None
+        self.outer = None
         self.registries = registries
         self.in_step = False
         self.in_use = False
@@ -163,7 +167,7 @@ class Scope:
 
     def enter(self) -> None:
         """Start a step: this scope is the current one, in this thread, greenlet and context."""
-        self._outer = _current.get()
+        self.outer = _current.get()
         # A generator may have been suspended in a `session_scope` block of its own.
         _current.set(self._innermost or self)
         self.in_step = True
@@ -174,16 +178,16 @@ class Scope:
         innermost = _current.get()
         self._innermost = None if innermost is self else innermost
         # set(), not reset(): the next step may run in another context, which refuses the token.
-        _current.set(self._outer)
-        self._outer = None
+        _current.set(self.outer)
+        self.outer = None
 
     def leave_block(self) -> None:
         """End a ``session_scope`` block."""
         self.in_step = False
         # The collector may close a generator, and with it a block, in the midst of anything else.
         if _current.get() is self:
-            _current.set(self._outer)
-        self._outer = None
+            _current.set(self.outer)
+        self.outer = None
 
     def join(self, registries: tuple[scoped_session[Any], ...]) -> None:
         """Take care of these registries too: those of a nested middleware."""
@@ -437,7 +441,7 @@ def scopes_in_force() -> Iterator[Scope]:
     scope = _current.get()
     while scope is not None:
         yield scope
-        scope = scope._outer
+        scope = scope.outer
 
 
 def describe(environ: WSGIEnvironment) -> str:

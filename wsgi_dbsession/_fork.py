@@ -7,6 +7,7 @@ Connection Pools with Multiprocessing or os.fork()" in SQLAlchemy's documentatio
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ CONNECTIONS = "wsgi_dbsession.connections"
 _registries: weakref.WeakSet[scoped_session[Any]] = weakref.WeakSet()
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _pid = os.getpid()
+_lock = threading.Lock()
 
 # What the parent goes on to use. Some drivers say goodbye to the server when a connection is
 # garbage-collected, on the socket of the parent: so the child keeps it, unused.
@@ -35,7 +37,9 @@ def watch_registry(registry: scoped_session[Any]) -> None:
 def watch_engine(engine: Engine) -> None:
     """Dispose of this engine too: a Session used it, by whatever way it found it."""
     # Engine.execution_options() makes engines that share a pool, and pass.
-    _engines.add(getattr(engine, "_proxied", engine))
+    while (lasting := getattr(engine, "_proxied", None)) is not None:
+        engine = lasting
+    _engines.add(engine)
 
 
 def dispose_after_fork() -> None:
@@ -47,18 +51,20 @@ def dispose_after_fork() -> None:
     global _pid
     if os.getpid() == _pid:
         return
-    for registry in list(_registries):
-        _abandon_sessions(registry.registry.registry)
-        options: dict[str, Any] = registry.session_factory.kw
-        binds: dict[Any, Any] = options.get("binds") or {}
-        for bind in (options.get("bind"), *binds.values()):
-            if bind is not None:
-                _engines.add(bind.engine)
-    for engine in list(_engines):
-        _inherited.append(engine.pool)
-        engine.dispose(close=False)
-    # Last: a thread that comes in between must not find the parent's pool.
-    _pid = os.getpid()
+    with _lock:  # in a child only, and the second thread finds it done
+        if os.getpid() == _pid:
+            return
+        for registry in list(_registries):
+            _abandon_sessions(registry.registry.registry)
+            options: dict[str, Any] = registry.session_factory.kw
+            binds: dict[Any, Any] = options.get("binds") or {}
+            for bind in (options.get("bind"), *binds.values()):
+                if bind is not None:
+                    _engines.add(bind.engine)
+        for engine in list(_engines):
+            _inherited.append(engine.pool)
+            engine.dispose(close=False)
+        _pid = os.getpid()
 
 
 def _abandon_sessions(sessions: dict[object, Session]) -> None:
@@ -71,7 +77,9 @@ def _abandon_sessions(sessions: dict[object, Session]) -> None:
                 _inherited.append(proxied.dbapi_connection)
                 # Or the pool sends a ROLLBACK when it is collected, at the latest when the child
                 # exits. The recipe is in "Using Connection Pools with Multiprocessing".
-                proxied._connection_record.dbapi_connection = proxied.dbapi_connection = None
+                if not proxied.is_detached:
+                    proxied._connection_record.dbapi_connection = None
+                proxied.dbapi_connection = None
     sessions.clear()
 
 

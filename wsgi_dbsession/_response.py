@@ -50,33 +50,26 @@ def respond(
 ) -> Iterable[bytes]:
     """Make the first step of a request, the call of the application."""
     start = Start(environ, start_response, scope, policy)
+    result: Iterable[bytes] = ()
     try:
         scope.enter()
         try:
             result = app(environ, start)
             if policy.commit_on == "close" or not _is_finished(result, environ):
                 return Response(start, result)
-            try:
-                start.end()
-            except BaseException:
-                with contextlib.suppress(BaseException):
-                    _close(result)
-                raise
+            start.end()
         except BaseException as error:
             start.end(error)
             raise
         finally:
             scope.leave()
-    except Exception:
-        if not start.is_answerable():
-            raise
-        return start.answer()
-    try:
         if not start.released:
             start.release()
-    except BaseException:
-        with contextlib.suppress(BaseException):
+    except BaseException as error:
+        with contextlib.suppress(BaseException):  # a file; the first error is the one to raise
             _close(result)
+        if isinstance(error, Exception) and start.is_answerable():
+            return start.answer()
         raise
     return result
 
@@ -265,6 +258,7 @@ class Start:
     def _note(self, failure: BaseException) -> None:
         if self.scope.reason == "commit failed":
             self.failure = failure
+            self.scope.doom()  # the application may catch it, out of write()
             retry = self.environ.get("wsgi_dbsession.retry")
             if retry is None or not retry.will_retry(self.scope, failure):
                 what = (
@@ -346,14 +340,14 @@ class Response:
                 raise
             finally:
                 scope.leave()
+            if not start.released:
+                start.release()
         except Exception:
             if not start.is_answerable():
                 raise
             self._iterable = start.answer()
             self._blocks = iter(self._iterable)
             return next(self._blocks)
-        if not start.released:
-            start.release()
         if block is _END:
             raise StopIteration
         start.sent += len(block)

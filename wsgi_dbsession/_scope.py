@@ -169,7 +169,8 @@ class Scope:
         """Start a step: this scope is the current one, in this thread, greenlet and context."""
         self.outer = _current.get()
         # A generator may have been suspended in a `session_scope` block of its own.
-        _current.set(self._innermost or self)
+        innermost = self._innermost
+        _current.set(self if innermost is None or not innermost.in_step else innermost)
         self.in_step = True
 
     def leave(self) -> None:

@@ -1,0 +1,223 @@
+"""Tests of the examples, each run as its user would run it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+from sqlalchemy import create_engine, text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.postgres import Server
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def environment(**variables: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    return {**kept, "PYTHONUNBUFFERED": "1", **variables}
+
+
+@contextmanager
+def running(example: str, directory: Path) -> Iterator[str]:
+    """Run an example in a directory of its own; yield its address once it listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / example)],
+        cwd=directory,
+        env=environment(PORT=str(port)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        for _ in range(200):
+            assert process.poll() is None, process.communicate()[1].decode()
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.communicate(timeout=10)
+
+
+def request(url: str, form: dict[str, str] | None = None) -> tuple[int, str]:
+    data = None if form is None else urlencode(form).encode()
+    try:
+        with urlopen(url, data, timeout=10) as response:
+            return response.status, response.read().decode()
+    except HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def rows(database: Path, query: str) -> list[object]:
+    engine = create_engine(f"sqlite:///{database}")
+    with engine.connect() as connection:
+        found = list(connection.scalars(text(query)))
+    engine.dispose()
+    return found
+
+
+@pytest.mark.parametrize("example", ["flask_app.py", "bottle_app.py", "bare_wsgi.py"])
+def test_the_application_saves_what_it_says_it_saved(example: str, tmp_path: Path) -> None:
+    """A 201 is in the database, a 422 is not, and the page shows the rest."""
+    with running(example, tmp_path) as address:
+        saved = request(address + "/", {"text": "hello"})
+        in_the_database = rows(tmp_path / "notes.db", "SELECT text FROM note")
+        refused = request(address + "/", {"text": ""})
+        _, page = request(address + "/")
+
+    assert saved == (201, "saved")
+    assert in_the_database == ["hello"]
+    assert refused == (422, "a note needs a text")
+    assert "hello" in page
+    assert rows(tmp_path / "notes.db", "SELECT text FROM note") == ["hello"]
+
+
+def test_the_gevent_application_counts_and_streams(tmp_path: Path) -> None:
+    """Visits are counted, and the stream tells of them."""
+    with running("gevent_app.py", tmp_path) as address:
+        counted = request(address + "/a")
+        in_the_database = rows(tmp_path / "hits.db", "SELECT path FROM hit")
+        _, events = request(address + "/events")
+
+    assert counted == (200, "counted")
+    assert in_the_database == ["/a"]
+    assert events == "data: 1 hits\n\n" * 3
+
+
+def test_the_job_works_on_the_notes(tmp_path: Path) -> None:
+    """Each block of the job is a transaction, also in a thread, and also when it fails."""
+    database = tmp_path / "notes.db"
+    engine = create_engine(f"sqlite:///{database}")
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE note (text TEXT)"))
+        connection.execute(text("INSERT INTO note VALUES ('a'), (''), ('b')"))
+    engine.dispose()
+
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "job.py")],
+        cwd=tmp_path,
+        env=environment(),
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert done.stdout.splitlines() == [
+        "1 empty notes removed",
+        "the notes are loud now",
+        "nothing was deleted",
+    ]
+    assert rows(database, "SELECT text FROM note ORDER BY text") == ["A", "B"]
+
+
+def demo(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / "demo.py"), *options],
+        env=environment(**variables),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_the_demo_shows_what_it_tells() -> None:
+    """Every case of the demo comes out as told, on the SQLite file it brings."""
+    done = demo("--once")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n  as told") == 5
+
+
+def test_the_demo_runs_on_postgresql(postgres_server: Server) -> None:
+    """Every case of the demo comes out as told on PostgreSQL, too."""
+    url = postgres_server.create_database("demo").render_as_string(hide_password=False)
+
+    done = demo("--once", DATABASE_URL=url)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n  as told") == 5
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        pytest.param(
+            {"DATABASE_URL": "postgresql+nosuchdriver://"},
+            "Cannot use the database of DATABASE_URL",
+            id="a driver that is not there",
+        ),
+        pytest.param(
+            {"DATABASE_URL": "postgresql+psycopg://127.0.0.1:1/x"},
+            "Cannot use the database of DATABASE_URL",
+            id="a database that does not answer",
+        ),
+    ],
+)
+def test_the_demo_says_what_is_missing(variables: dict[str, str], message: str) -> None:
+    """A database that cannot be used is named, without a traceback."""
+    done = demo("--once", **variables)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(message)
+    assert "Traceback" not in done.stderr
+
+
+def test_the_demo_says_that_its_port_is_taken() -> None:
+    """A port in use is named, without a traceback."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = demo("--once", PORT=str(taken.getsockname()[1]))
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("Cannot listen on port")
+
+
+def test_the_demo_serves_a_page_until_ctrl_c() -> None:
+    """After the show the page is there, with the entries and the outcomes; Ctrl-C ends it."""
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "demo.py")],
+        env=environment(),
+        # A background job of a shell has inherited that it ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        address = next(
+            line.split()[-1] for line in process.stdout if line.startswith("Now try it yourself")
+        )
+        status, page = request(address)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=10)
+    finally:
+        process.kill()
+
+    assert status == 200
+    assert "<td>Ada</td><td>Hello!</td>" in page
+    assert "POST /stranger: rolled back (commit failed)" in page
+    assert process.returncode == 0, errors
+    assert "Goodbye." in rest

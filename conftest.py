@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from typing import Any
 
+import pytest
 from sqlalchemy import Engine
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
@@ -35,3 +36,10 @@ pytest_collect_file = Sybil(
     setup=_enter_directory,
     teardown=_leave_directory,
 ).pytest()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep the code of one document in one worker: each block builds on those before it."""
+    if item.path.suffix == ".md":
+        item.add_marker(pytest.mark.xdist_group(str(item.path)))

@@ -38,8 +38,9 @@ pytest_collect_file = Sybil(
 ).pytest()
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_itemcollected(item: pytest.Item) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the code of one document in one worker: each block builds on those before it."""
-    if item.path.suffix == ".md":
-        item.add_marker(pytest.mark.xdist_group(str(item.path)))
+    for item in items:
+        if item.path.suffix == ".md":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))

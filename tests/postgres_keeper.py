@@ -86,7 +86,7 @@ def start(directory: Path, installation: Path) -> subprocess.Popen[bytes]:
         identity = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
         os.chown(directory, nobody.pw_uid, nobody.pw_gid)
         if not all(path.stat().st_mode & 0o001 for path in installation.parents):
-            installation = shutil.copytree(installation, directory / "installation", symlinks=True)
+            installation = copy(installation, directory / "copy")
 
     data = directory / "data"
     # Clients find the message catalogue of the system's language otherwise.
@@ -122,6 +122,15 @@ def start(directory: Path, installation: Path) -> subprocess.Popen[bytes]:
                 return server
             stop(server)  # another process may have been faster to take the port
     raise RuntimeError("five attempts failed")
+
+
+def copy(installation: Path, target: Path) -> Path:
+    """Copy the wheel's programs and libraries to where every user may read them."""
+    package = installation.parent
+    libraries = package.with_name(package.name + ".libs")
+    if libraries.exists():
+        shutil.copytree(libraries, target / libraries.name)
+    return shutil.copytree(installation, target / package.name / installation.name, symlinks=True)
 
 
 def free_port() -> int:

@@ -106,11 +106,13 @@ def test_the_server_listens_on_a_unix_socket(postgres_server: postgres.Server) -
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
-def test_no_server_outlives_its_run(signal_number: int, tmp_path: Path) -> None:
+def test_no_server_outlives_its_run(signal_number: int) -> None:
     """Ctrl-C or the sudden death of the run ends the server and removes its files."""
     script = (
-        "import time\n"
+        "import signal, time\n"
         "from tests import postgres\n"
+        # A run in the background of a shell may have inherited that it ignores Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "run = postgres.Run()\n"
         "try:\n"
         "    print(run.directory, postgres.server(run.directory).port, flush=True)\n"

@@ -12,15 +12,12 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
     from sqlalchemy.orm import Session, scoped_session
-
-CONNECTIONS = "wsgi_dbsession.connections"
-"""Where a Session's ``info`` has the connections of its transaction, by engine."""
 
 # Forks belong to the process, so this state does too. Weak: it keeps nobody's engine alive.
 _registries: weakref.WeakSet[scoped_session[Any]] = weakref.WeakSet()
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_engines: set[weakref.ref[Engine]] = set()
 _pid = os.getpid()
 _lock = threading.Lock()
 
@@ -39,7 +36,21 @@ def watch_engine(engine: Engine) -> None:
     # Engine.execution_options() makes engines that share a pool, and pass.
     while (lasting := getattr(engine, "_proxied", None)) is not None:
         engine = lasting
-    _engines.add(engine)
+    # Not a WeakSet, which is written in Python: this is asked once a transaction.
+    if weakref.ref(engine) not in _engines:
+        _engines.add(weakref.ref(engine, _engines.discard))
+
+
+def connections(session: Session) -> list[Connection]:
+    """Return the connections of a Session's transaction, and watch their engines."""
+    transaction: Any = session.get_transaction()
+    if transaction is None:
+        return []
+    # The public way, the event after_begin, makes every request of a listening Session pay.
+    found: list[Connection] = [entry[0] for entry in transaction._connections.values()]
+    for connection in found:
+        watch_engine(connection.engine)
+    return found
 
 
 def dispose_after_fork() -> None:
@@ -60,10 +71,12 @@ def dispose_after_fork() -> None:
             binds: dict[Any, Any] = options.get("binds") or {}
             for bind in (options.get("bind"), *binds.values()):
                 if bind is not None:
-                    _engines.add(bind.engine)
-        for engine in list(_engines):
-            _inherited.append(engine.pool)
-            engine.dispose(close=False)
+                    watch_engine(bind.engine)
+        for reference in list(_engines):
+            engine = reference()
+            if engine is not None:
+                _inherited.append(engine.pool)
+                engine.dispose(close=False)
         _pid = os.getpid()
 
 
@@ -71,9 +84,9 @@ def _abandon_sessions(sessions: dict[object, Session]) -> None:
     """Forget the parent's Sessions, without a word on their connections."""
     for session in sessions.values():
         _inherited.append(session)
-        for connection in session.info.get(CONNECTIONS, {}).values():
+        for connection in connections(session):
             if not (connection.closed or connection.invalidated):
-                proxied = connection.connection
+                proxied: Any = connection.connection
                 _inherited.append(proxied.dbapi_connection)
                 # Or the pool sends a ROLLBACK when it is collected, at the latest when the child
                 # exits. The recipe is in "Using Connection Pools with Multiprocessing".

@@ -29,7 +29,7 @@ def default_commit_veto(
     :param headers: the response's headers, pairs of name and value.
     :return: whether to roll back.
     """
-    return status[:1] in ("4", "5")
+    return "4" <= status < "6"
 
 
 class SessionMiddleware:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from ._scope import describe
 from ._transaction import is_unknown, log
@@ -33,7 +34,8 @@ _END: Any = object()  # what the step returns instead of a block when there is n
 _FILES = (io.BufferedReader, io.BufferedRandom, io.BytesIO, io.FileIO)
 
 
-class Policy(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Policy:
     """What an application chose for all of its responses."""
 
     commit_on: CommitOn
@@ -200,10 +202,8 @@ class Start:
             if status is None:
                 raise AssertionError(_NO_START)
             self.length = math.inf
-            if (
+            if status.startswith(("1", "204", "304")) or (
                 self.environ.get("REQUEST_METHOD") == "HEAD"
-                or status[:1] == "1"
-                or status[:3] in ("204", "304")
             ):
                 self.length = 0
             else:

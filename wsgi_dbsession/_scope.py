@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from ._fork import dispose_after_fork
-from ._transaction import commit, find, log, remove, rollback, watch
+from ._fork import dispose_after_fork, watch_registry
+from ._transaction import commit, find, is_begun, log, remove, rollback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -227,42 +227,34 @@ class Scope:
         :raises BaseException: the veto raised or the commit failed, and all was rolled back.
         """
         innermost = _current.get()
+        failing: Reason = "error"
         # The outcome and its hooks are this scope's, though the generator is in another block.
         _current.set(self)
         try:
-            self._settle(error, complete, veto)
+            outcome, reason = self.decide(error, complete, veto)
+            if outcome == "commit":
+                failing = "commit failed"
+                commit(find(self.registries, self))
+        except BaseException as failure:
+            self._roll_back(failure, failing)
+            raise
+        else:
+            if outcome == "commit":
+                self.outcome, self.reason = outcome, reason
+                if self._hooks:
+                    self._run_hooks(outcome)
+            else:
+                if reason == "veto":
+                    self._log_discarded()
+                self._roll_back(error, reason)
         finally:
             _current.set(innermost)
-
-    def _settle(
-        self, error: BaseException | None, complete: bool, veto: Callable[[], bool] | None
-    ) -> None:
-        try:
-            outcome, reason = self.decide(error, complete, veto)
-        except BaseException as failure:
-            self._roll_back(failure, "error")
-            raise
-        if outcome == "rollback":
-            if reason == "veto":
-                self._log_discarded()
-            self._roll_back(error, reason)
-            return
-        try:
-            commit(find(self.registries, self))
-        except BaseException as failure:
-            self._roll_back(failure, "commit failed")
-            raise
-        self.outcome, self.reason = outcome, reason
-        self._run_hooks(outcome)
 
     def undecided(self) -> bool:
         """Say whether there is something that no outcome has covered yet."""
         if self._hooks:
             return True
-        return self.in_use and (
-            self.outcome is None
-            or any(session.in_transaction() for session in find(self.registries, self))
-        )
+        return self.in_use and (self.outcome is None or is_begun(self.registries, self))
 
     def end(
         self,
@@ -427,7 +419,7 @@ def check_registries(
             msg = f"the factory of {registry!r} is not a sessionmaker: make it by `{mend}`"
             raise TypeError(msg)
     for registry in registries:
-        watch(registry)
+        watch_registry(registry)
     return tuple(dict.fromkeys(registries))
 
 

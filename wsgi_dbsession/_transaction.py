@@ -9,33 +9,18 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import event, exc
-from sqlalchemy.orm import Session
+from sqlalchemy import exc
 
-from ._fork import CONNECTIONS, watch_engine, watch_registry
+from ._fork import connections
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from sqlalchemy import Connection
-    from sqlalchemy.orm import SessionTransaction, scoped_session
+    from sqlalchemy.orm import Session, scoped_session
 
 log = logging.getLogger("wsgi_dbsession")
 
 _INERROR = 3  # PQTRANS_INERROR of libpq, as psycopg and psycopg2 show it
-
-
-def watch(registry: scoped_session[Any]) -> None:
-    """Learn which connections the Sessions of this registry use, from now on."""
-    watch_registry(registry)
-    if not event.contains(registry.session_factory, "after_begin", _after_begin):
-        event.listen(registry.session_factory, "after_begin", _after_begin)
-
-
-def _after_begin(session: Session, _: SessionTransaction, connection: Connection) -> None:
-    engine = connection.engine
-    watch_engine(engine)
-    session.info.setdefault(CONNECTIONS, {})[engine] = connection
 
 
 def find(registries: Iterable[scoped_session[Any]], key: object) -> list[Session]:
@@ -48,6 +33,15 @@ def find(registries: Iterable[scoped_session[Any]], key: object) -> list[Session
     return sessions
 
 
+def is_begun(registries: Iterable[scoped_session[Any]], key: object) -> bool:
+    """Say whether a Session under this key is in a transaction."""
+    for registry in registries:  # any() would be two calls more, for every request
+        session = registry.registry.registry.get(key)
+        if session is not None and session.in_transaction():
+            return True
+    return False
+
+
 def commit(sessions: Sequence[Session]) -> None:
     """Commit whatever transactions these Sessions have begun, all or none as far as it goes.
 
@@ -57,14 +51,19 @@ def commit(sessions: Sequence[Session]) -> None:
 
     :raises Exception: what SQLAlchemy or the driver raised; the caller rolls back.
     """
-    if len(sessions) > 1:
-        for session in sessions:
-            if session.in_transaction():
-                session.flush()
+    if len(sessions) == 1:
+        (session,) = sessions
+        if session.in_transaction():
+            _refuse_failed(session)
+            session.commit()
+        return
+    for session in sessions:
+        if session.in_transaction():
+            session.flush()
     begun = [session for session in sessions if session.in_transaction()]
     for session in begun:
         _refuse_failed(session)
-    two_phase = [session for session in begun if session.twophase and len(begun) > 1]
+    two_phase = [session for session in begun if session.twophase]
     prepared: list[Session] = []
     try:
         for session in two_phase:
@@ -80,7 +79,8 @@ def commit(sessions: Sequence[Session]) -> None:
             session.commit()
     except BaseException:
         # Before anybody invalidates them: a prepared transaction survives its connection.
-        _each(prepared, Session.rollback)
+        for session in prepared:
+            _undo(session, "rollback")
         raise
 
 
@@ -92,7 +92,7 @@ def _refuse_failed(session: Session) -> None:
     an error that the application caught would turn into a success that saved nothing.
     """
     failed = not session.is_active
-    for connection in session.info.get(CONNECTIONS, {}).values():
+    for connection in connections(session):
         if connection.in_transaction() and not connection.invalidated:
             driver = connection.connection.dbapi_connection
             status = getattr(getattr(driver, "info", None), "transaction_status", None)
@@ -127,37 +127,43 @@ def rollback(sessions: Iterable[Session], error: BaseException | None = None) ->
     :raises BaseException: the rollback was interrupted, and there is no earlier error.
     """
     interrupted = error is not None and not isinstance(error, Exception)
-    interruption = _each(sessions, Session.invalidate if interrupted else Session.rollback)
+    interruption = None
+    for session in sessions:
+        connections(session)  # so that a fork knows them, though nothing is ever committed
+        failure = _undo(session, "invalidate" if interrupted else "rollback")
+        interruption = interruption or failure
     if interruption is not None and error is None:
         raise interruption
 
 
 def remove(registries: Iterable[scoped_session[Any]], key: object) -> BaseException | None:
-    """Close the Sessions under this key and forget them.
+    """Close the Sessions under this key and forget them, each though another fails.
 
     Not ``scoped_session.remove()``: that keeps a Session whose ``close()`` raised.
 
-    :return: see :func:`_each`.
+    :return: the first interruption, see :func:`_undo`.
     """
-    found = [registry.registry.registry.pop(key, None) for registry in registries]
-    return _each([session for session in found if session is not None], Session.close)
+    interruption = None
+    for registry in registries:
+        session = registry.registry.registry.pop(key, None)
+        if session is not None:
+            failure = _undo(session, "close")
+            interruption = interruption or failure
+    return interruption
 
 
-def _each(sessions: Iterable[Session], undo: Callable[[Session], None]) -> BaseException | None:
-    """Undo the work of each Session, though an earlier one failed.
+def _undo(session: Session, method: str) -> BaseException | None:
+    """End what the Session has begun.
 
     A failure is logged only: the connection is closed then, and with it the database rolls back.
 
-    :return: the first interruption, an error that is no ``Exception``.
+    :return: the failure if it is an interruption, an error that is no ``Exception``.
     """
-    interruption = None
-    for session in sessions:
-        try:
-            undo(session)
-        except BaseException as failure:
-            log.warning("rollback failed, the connection is closed instead", exc_info=True)
-            with contextlib.suppress(Exception):
-                session.invalidate()
-            if interruption is None and not isinstance(failure, Exception):
-                interruption = failure
-    return interruption
+    try:
+        getattr(session, method)()
+    except BaseException as failure:
+        log.warning("rollback failed, the connection is closed instead", exc_info=True)
+        with contextlib.suppress(Exception):
+            session.invalidate()
+        return None if isinstance(failure, Exception) else failure
+    return None

@@ -65,8 +65,7 @@ def respond(
             raise
         finally:
             scope.leave()
-        if not start.released:
-            start.release()
+        start.release()
     except BaseException as error:
         with contextlib.suppress(BaseException):  # a file; the first error is the one to raise
             _close(result)
@@ -155,11 +154,12 @@ class Start:
         self._headers = headers
         self._exc_info = exc_info
         if self.released or self.policy.commit_on == "close":
+            self.released = False
             self.release()
         return self.write
 
     def release(self) -> None:
-        """Hand the start on to the server.
+        """Hand the start on to the server, if that has not been done; call it before every block.
 
         :raises AssertionError: there is none, though the body has begun.
         """
@@ -168,6 +168,8 @@ class Start:
         if self.failure is not None and self.status[:1] not in "45":
             # The application caught the error out of write() and calls it a success.
             raise self.failure
+        if self.released:
+            return
         self.released = True
         exc_info, self._exc_info = self._exc_info, None
         if exc_info is None:
@@ -184,8 +186,7 @@ class Start:
         if complete and self.is_held_to_the_end():
             return
         self.settle_if_due(complete=complete)
-        if not self.released:
-            self.release()
+        self.release()
         self.sent += len(block)
         self._write(block)
 
@@ -340,8 +341,7 @@ class Response:
                 raise
             finally:
                 scope.leave()
-            if not start.released:
-                start.release()
+            start.release()
         except Exception:
             if not start.is_answerable():
                 raise
@@ -359,7 +359,7 @@ class Response:
         # A server need not iterate over a body that it must not send.
         unsent = self._blocks is None and start.status is not None and start.measure() == 0
         self._make_last_step(complete=self._complete or unsent)
-        if unsent and not start.released:
+        if unsent:
             start.release()
 
     def __del__(self) -> None:

@@ -1,4 +1,4 @@
-"""docs/frameworks.md says what is seen."""
+"""docs/frameworks.md says what is seen; see also ``test_every_framework.py``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.frameworks.apps import FRAMEWORKS, Framework
+from tests.frameworks.apps import FRAMEWORKS
 from tests.frameworks.tables import (
     DOCUMENT,
     GROUPS,
     MOMENTS,
     read,
-    see,
     see_teardown,
     write,
 )
@@ -20,18 +19,6 @@ from tests.frameworks.teardowns import TEARDOWNS
 
 if TYPE_CHECKING:
     from tests.models import Database
-
-
-@pytest.mark.parametrize("framework", [pytest.param(each, id=each.name) for each in FRAMEWORKS])
-@pytest.mark.parametrize("group", GROUPS)
-def test_the_document_tells_what_is_seen(framework: Framework, group: str, shop: Database) -> None:
-    """Each cell of the framework's row is what its application does now.
-
-    Where this fails after an update, ``python -m tests.frameworks`` writes the tables anew.
-    """
-    seen = [see(framework, scenario, shop) for scenario in GROUPS[group]]
-
-    assert [framework.name, *seen] in read(DOCUMENT.read_text(encoding="utf-8"), group)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from sqlalchemy import Connection, Engine
     from sqlalchemy.orm import Session, scoped_session
 
@@ -41,13 +43,13 @@ def watch_engine(engine: Engine) -> None:
         _engines.add(weakref.ref(engine, _engines.discard))
 
 
-def connections(session: Session) -> list[Connection]:
+def connections(session: Session) -> Collection[Connection]:
     """Return the connections of a Session's transaction, and watch their engines."""
     transaction: Any = session.get_transaction()
     if transaction is None:
-        return []
+        return ()
     # The public way, the event after_begin, makes every request of a listening Session pay.
-    found: list[Connection] = [entry[0] for entry in transaction._connections.values()]
+    found: set[Connection] = {entry[0] for entry in transaction._connections.values()}
     for connection in found:
         watch_engine(connection.engine)
     return found

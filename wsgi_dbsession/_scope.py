@@ -272,9 +272,12 @@ class Scope:
             self.environ = None
             return
         try:
-            for _ in range(2):  # again where a hook began a new transaction
-                if self.undecided():
-                    self.settle(error, complete=complete, veto=veto)
+            # A hook, or a listener of one Session's commit, may begin a new transaction.
+            again = bool(self._hooks) or len(self.registries) > 1
+            if self.undecided():
+                self.settle(error, complete=complete, veto=veto)
+            if again and self.undecided():
+                self.settle(error, complete=complete, veto=veto)
         except BaseException:
             self._forget()
             if error is None:

@@ -85,15 +85,15 @@ def commit(sessions: Sequence[Session]) -> None:
 
 
 def _refuse_failed(session: Session) -> None:
-    """Raise if the transaction cannot be committed any more, before any other one is committed.
+    """Raise if the transaction cannot be committed any more.
 
-    After a failed flush, SQLAlchemy itself says so, but not before its turn comes. After a failed
-    statement, PostgreSQL answers COMMIT with ROLLBACK, and psycopg and psycopg2 do not report it:
-    an error that the application caught would turn into a success that saved nothing.
+    After a failed statement, PostgreSQL answers COMMIT with ROLLBACK, and psycopg and psycopg2 do
+    not report it: an error that the application caught would turn into a success that saved
+    nothing. After a failed flush, SQLAlchemy reports it, but not before others are committed.
     """
     failed = not session.is_active
     for connection in connections(session):
-        if connection.in_transaction() and not connection.invalidated:
+        if connection.dialect.name == "postgresql" and connection.in_transaction():
             driver = connection.connection.dbapi_connection
             status = getattr(getattr(driver, "info", None), "transaction_status", None)
             failed = failed or status == _INERROR

@@ -11,11 +11,14 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from sqlalchemy import Connection, Engine
-    from sqlalchemy.orm import Session, scoped_session
+    from sqlalchemy.orm import SessionTransaction, scoped_session
 
 # Forks belong to the process, so this state does too. Weak: it keeps nobody's engine alive.
 _registries: weakref.WeakSet[scoped_session[Any]] = weakref.WeakSet()
@@ -31,6 +34,16 @@ _inherited: list[object] = []
 def watch_registry(registry: scoped_session[Any]) -> None:
     """Dispose of the engines this registry is bound to by the time of a fork."""
     _registries.add(registry)
+    factory: Any = registry.session_factory
+    # Only a Session class that chooses its engine itself pays for a listener.
+    if factory.class_.get_bind is not Session.get_bind and not event.contains(
+        factory, "after_begin", _after_begin
+    ):
+        event.listen(factory, "after_begin", _after_begin)
+
+
+def _after_begin(_session: Session, _: SessionTransaction, connection: Connection) -> None:
+    watch_engine(connection.engine)
 
 
 def watch_engine(engine: Engine) -> None:
@@ -48,7 +61,7 @@ def connections(session: Session) -> Collection[Connection]:
     transaction: Any = session.get_transaction()
     if transaction is None:
         return ()
-    # The public way, the event after_begin, makes every request of a listening Session pay.
+    # The public way, to listen to after_begin, makes every request pay.
     found: set[Connection] = {entry[0] for entry in transaction._connections.values()}
     for connection in found:
         watch_engine(connection.engine)

@@ -336,12 +336,12 @@ class Response:
                         for _ in self._blocks:
                             pass
                 start.settle_if_due(complete=self._complete)
+                start.release()
             except BaseException as error:
                 self._finish(error)
                 raise
             finally:
                 scope.leave()
-            start.release()
         except Exception:
             if not start.is_answerable():
                 raise

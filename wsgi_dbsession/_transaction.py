@@ -109,9 +109,10 @@ def _refuse_failed(session: Session) -> None:
 def is_unknown(failure: BaseException) -> bool:
     """Say whether the connection broke during COMMIT: nobody knows if that took place.
 
-    Then the error has no statement; a flush that failed on the way to the commit has one.
+    Then the error has no statement; a flush that failed on the way to the commit has one. After an
+    interruption, which is no ``Exception``, it is not even known whether the COMMIT was sent.
     """
-    return (
+    return not isinstance(failure, Exception) or (
         isinstance(failure, exc.DBAPIError)
         and failure.connection_invalidated
         and failure.statement is None

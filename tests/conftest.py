@@ -10,11 +10,13 @@ import pytest
 
 from tests import postgres
 from tests.models import Base, Database, make_database
+from tests.wsgi import assert_nothing_left, make_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sqlalchemy import URL
+    from sqlalchemy.orm import Session, scoped_session
 
 DIRECTORY = pytest.StashKey[Path]()
 
@@ -88,6 +90,30 @@ def database(request: pytest.FixtureRequest) -> Database:
     """Each of the databases in turn; at the test's end no connection may be checked out."""
     found: Database = request.getfixturevalue(f"{request.param}_database")
     return found
+
+
+@pytest.fixture
+def registry(database: Database) -> Iterator[scoped_session[Session]]:
+    """A session registry over each of the databases in turn; nothing may be left in it."""
+    yield from _use_registry(database)
+
+
+@pytest.fixture
+def sqlite_registry(sqlite_database: Database) -> Iterator[scoped_session[Session]]:
+    """A session registry over SQLite, for what has nothing to do with the database."""
+    yield from _use_registry(sqlite_database)
+
+
+@pytest.fixture
+def postgres_registry(postgres_database: Database) -> Iterator[scoped_session[Session]]:
+    """A session registry over PostgreSQL, for what SQLite does not have."""
+    yield from _use_registry(postgres_database)
+
+
+def _use_registry(database: Database) -> Iterator[scoped_session[Session]]:
+    made = make_registry(database.engine)
+    yield made
+    assert_nothing_left(made)
 
 
 def _create_postgres(server: postgres.Server, name: str) -> URL:

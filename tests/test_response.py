@@ -269,7 +269,7 @@ def test_each_part_of_a_stream_has_an_outcome(
     app = SessionMiddleware(BODIES["unsized generator"](program), registry, commit_on="headers")
 
     response = app(make_environ(), Server().start_response)
-    assert database.notes() == []
+    assert database.notes() == ["early"]
     blocks = iter(response)
     assert next(blocks) == b"one"
     assert database.notes() == ["early"]
@@ -578,17 +578,36 @@ def test_a_failed_commit_is_answered_where_nothing_was_sent(
 def test_a_commit_that_fails_in_close_raises(
     sqlite_registry: scoped_session[Session],
 ) -> None:
-    """Where the server does not iterate over the body, there is nothing to answer with."""
+    """By then the response is the client's, and there is nothing to answer with."""
     program = Program(lambda: sqlite_registry.add(Book(author_id=7)))
     app = SessionMiddleware(
-        BODIES["unsized generator"](program), sqlite_registry, commit_error=sorry
+        BODIES["unsized generator"](program),
+        sqlite_registry,
+        commit_on="close",
+        commit_error=sorry,
     )
     server = Server()
 
     with pytest.raises(IntegrityError):
-        server.run(app, make_environ("HEAD"), blocks=0)
+        server.run(app, make_environ())
 
-    assert server.starts == []
+    assert [start[0] for start in server.starts] == ["200 OK"]
+
+
+def test_the_start_is_known_when_the_call_returns(
+    sqlite_registry: scoped_session[Session],
+) -> None:
+    """For servers that do not wait for the first block, whatever the application returns."""
+    for body in BODIES:
+        server = Server()
+        program = Program(lambda: flush_note(sqlite_registry, "a"))
+        app = SessionMiddleware(BODIES[body](program), sqlite_registry)
+
+        response = app(make_environ(), server.start_response)
+
+        assert [start[0] for start in server.starts] == ["200 OK"]
+        if (close := getattr(response, "close", None)) is not None:
+            close()
 
 
 @pytest.mark.parametrize("body", ["list body", "unsized generator"])
@@ -1297,7 +1316,7 @@ def test_a_response_that_nobody_closes_leaves_nothing(
     finally:
         gc.enable()
 
-    committed = ["early"] if commit_on == "headers" and asked else []
+    committed = ["early"] if commit_on == "headers" else []
     assert sqlite_database.notes() == committed
     assert environ["wsgi_dbsession.scope"].environ is None
 

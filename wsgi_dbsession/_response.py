@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 CommitOn: TypeAlias = Literal["complete", "headers", "close"]
 CommitVeto: TypeAlias = "Callable[[WSGIEnvironment, str, list[tuple[str, str]]], bool]"
 
-_END: Any = object()  # what the step returns instead of a block when there is none left
+_END: Any = object()  # stands for a block where there is none left
 
 # What uWSGI's `wsgi.file_wrapper`, a C function, returns: the file that it was given.
 _FILES = (io.BufferedReader, io.BufferedRandom, io.BytesIO, io.FileIO)
@@ -57,15 +57,19 @@ def respond(
         scope.enter()
         try:
             result = app(environ, start)
-            if policy.commit_on == "close" or not _is_finished(result, environ):
+            if policy.commit_on == "close":
                 return Response(start, result)
-            start.end()
+            if _is_finished(result, environ):
+                start.end()
+                start.release()
+            else:
+                result = response = Response(start, result)
+                response.begin()
         except BaseException as error:
             start.end(error)
             raise
         finally:
             scope.leave()
-        start.release()
     except BaseException as error:
         with contextlib.suppress(BaseException):  # a file; the first error is the one to raise
             _close(result)
@@ -304,69 +308,87 @@ _NO_START = (
 class Response:
     """The body: the iterable that the server gets where application code is left to run."""
 
-    __slots__ = ("_blocks", "_closed", "_complete", "_iterable", "_start")
+    __slots__ = ("_ahead", "_blocks", "_closed", "_complete", "_iterable", "_start")
 
     def __init__(self, start: Start, iterable: Iterable[bytes]) -> None:
         self._start = start
         self._iterable = iterable
         self._blocks: Iterator[bytes] | None = None
+        self._ahead: bytes | None = None  # what the call of the application has got already
         self._complete = False
         self._closed = False
+
+    def begin(self) -> None:
+        """Get the first block in the step that is the call of the application.
+
+        The application may call ``start_response`` as late as here, but granian takes status and
+        headers when the call returns, and cheroot answers an error with a 500 only if it comes
+        out of the call.
+        """
+        self._ahead = self._get()
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
-        if self._closed:  # nothing is left, or the answer of `commit_error`
-            assert self._blocks is not None
-            return next(self._blocks)
-        start = self._start
-        scope = start.scope
-        try:
-            scope.enter()
+        block, self._ahead = self._ahead, None
+        if block is None:
+            if self._closed:  # nothing is left, or the answer of `commit_error`
+                assert self._blocks is not None
+                return next(self._blocks)
+            start = self._start
             try:
-                if self._blocks is None:
-                    self._blocks = iter(self._iterable)
-                block = next(self._blocks, _END)
-                if block is _END:
-                    self._complete = True
-                elif not self._complete:
-                    self._complete = start.completes(block)
-                    if self._complete and start.is_held_to_the_end():
-                        for _ in self._blocks:
-                            pass
-                start.settle_if_due(complete=self._complete)
-                start.release()
-            except BaseException as error:
-                self._finish(error)
-                raise
-            finally:
-                scope.leave()
-        except Exception:
-            if not start.is_answerable():
-                raise
-            self._iterable = start.answer()
-            self._blocks = iter(self._iterable)
-            return next(self._blocks)
+                start.scope.enter()
+                try:
+                    block = self._get()
+                finally:
+                    start.scope.leave()
+            except Exception:
+                if not start.is_answerable():
+                    raise
+                self._iterable = start.answer()
+                self._blocks = iter(self._iterable)
+                return next(self._blocks)
         if block is _END:
             raise StopIteration
-        start.sent += len(block)
+        return block
+
+    def _get(self) -> bytes:
+        """Return the next block, or `_END`, after an outcome if this is the moment. In a step."""
+        start = self._start
+        try:
+            if self._blocks is None:
+                self._blocks = iter(self._iterable)
+            block: bytes = next(self._blocks, _END)
+            if block is _END:
+                self._complete = True
+            elif not self._complete:
+                self._complete = start.completes(block)
+                if self._complete and start.is_held_to_the_end():
+                    for _ in self._blocks:
+                        pass
+            start.settle_if_due(complete=self._complete)
+            start.release()
+            if block is not _END:
+                start.sent += len(block)
+        except BaseException as error:
+            self._finish(error)
+            raise
         return block
 
     def close(self) -> None:
         """Make the last step: what is undecided is decided now."""
         start = self._start
-        # A server need not iterate over a body that it must not send.
+        # With commit_on="close": a server need not iterate over a body that it must not send.
         unsent = self._blocks is None and start.status is not None and start.measure() == 0
         self._make_last_step(complete=self._complete or unsent)
-        if unsent:
-            start.release()
 
     def __del__(self) -> None:
         if not self._closed:  # the server forgot close(): what is undecided is rolled back
             self._make_last_step(complete=False)
 
     def _make_last_step(self, *, complete: bool) -> None:
+        self._ahead = None
         if self._closed:
             iterable, self._iterable = self._iterable, ()
             _close(iterable)

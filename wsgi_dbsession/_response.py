@@ -63,8 +63,8 @@ def respond(
                 start.end()
                 start.release()
             else:
-                result = response = Response(start, result)
-                response.begin()
+                result = Response(start, result)
+                result.begin()
         except BaseException as error:
             start.end(error)
             raise
@@ -76,7 +76,11 @@ def respond(
         if isinstance(error, Exception) and start.is_answerable():
             return start.answer()
         raise
-    return result
+    try:
+        return result
+    finally:
+        # An error that the application caught may live on in a cycle, and this frame with it.
+        del result
 
 
 def _is_finished(result: Iterable[bytes], environ: WSGIEnvironment) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, get_args
 
 from ._response import CommitOn, Policy, respond
-from ._scope import Scope, check_registries, scope_of
+from ._scope import check_registries, make_scope, scope_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -96,6 +96,6 @@ class SessionMiddleware:
             # Nested: one environ is one unit of work, and the outermost middleware decides.
             outer.join(self._registries)
             return self.app(environ, start_response)
-        scope = Scope(self._registries, environ)
+        scope = make_scope(self._registries, environ)
         environ["wsgi_dbsession.scope"] = scope
         return respond(self.app, environ, start_response, scope, self._policy)

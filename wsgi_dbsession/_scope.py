@@ -31,6 +31,9 @@ R = TypeVar("R")
 # The one piece of global state: the innermost scope of the step that runs here.
 _current: ContextVar[Scope | None] = ContextVar("wsgi_dbsession.scope", default=None)
 
+# The attribute of a registry that may hold another class than `Scope`.
+SCOPE_CLASS = "_wsgi_dbsession_scope_class"
+
 # RFC 9110, section 9.2.1: a request with one of these methods is not meant to write.
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 
@@ -353,7 +356,7 @@ class session_scope:  # noqa: N801 - used like contextlib's context managers
             msg = "this block is entered already: write `with session_scope(...)` anew"
             raise RuntimeError(msg)
         outer = _current.get()
-        scope = self._scope = Scope(self._registries)
+        scope = self._scope = make_scope(self._registries)
         if outer is not None:
             scope.join(outer.registries)
         scope.enter()
@@ -424,6 +427,17 @@ def check_registries(
     for registry in registries:
         watch_registry(registry)
     return tuple(dict.fromkeys(registries))
+
+
+def make_scope(
+    registries: tuple[scoped_session[Any], ...], environ: WSGIEnvironment | None = None
+) -> Scope:
+    """Make a scope, of the class that a registry asks for: that is how tests look on."""
+    for registry in registries:
+        kind: type[Scope] | None = vars(registry).get(SCOPE_CLASS)
+        if kind is not None:
+            return kind(registries, environ)
+    return Scope(registries, environ)
 
 
 def scope_of(environ: WSGIEnvironment) -> Scope | None:

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from typing_extensions import assert_type
 
 from wsgi_dbsession import Scope, SessionMiddleware, current_scope, session_scope
+from wsgi_dbsession.testing import Recorded, isolate, record_outcomes
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -77,6 +78,13 @@ def a_decorated_function_keeps_its_signature() -> None:
     assert_type(job(1, name="x"), list[str])
     job("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     job(1, nome="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def a_test_sees_outcomes() -> None:
+    with isolate(registry, my_registry, wait=1) as outcomes:
+        assert_type(outcomes, list[Recorded])
+    with record_outcomes(registry) as outcomes:
+        assert_type(outcomes[-1].scope, Scope | None)
 
 
 def wrong_arguments_are_found() -> None:

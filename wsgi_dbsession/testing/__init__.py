@@ -1,0 +1,6 @@
+"""For tests: isolation that leaves no row, and a record of what became of each scope."""
+
+from wsgi_dbsession.testing._isolation import isolate
+from wsgi_dbsession.testing._outcomes import Recorded, record_outcomes
+
+__all__ = ["Recorded", "isolate", "record_outcomes"]

@@ -1,0 +1,228 @@
+"""Isolation: every scope in one transaction that is rolled back, and nobody notices."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import threading
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.orm import Session
+
+from wsgi_dbsession._scope import check_registries, scopes_in_force
+from wsgi_dbsession._transaction import log
+
+from ._outcomes import record_outcomes
+from ._shared import IsolatedEngine, SharedConnection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from sqlalchemy.orm import SessionTransaction, scoped_session, sessionmaker
+    from sqlalchemy.pool import Pool
+
+    from wsgi_dbsession._scope import Scope
+
+    from ._outcomes import Recorded
+    from ._shared import IsolatedConnection
+
+
+@contextlib.contextmanager
+def isolate(*registries: scoped_session[Any], wait: float = 5) -> Generator[list[Recorded]]:
+    """Undo in the end whatever is done in the block.
+
+    ::
+
+        with isolate(Session) as outcomes:
+            client.post("/notes", data={"text": "gone soon"})
+            assert outcomes[-1].outcome == "commit"
+
+    Every request and every ``session_scope`` in the block works on one connection for each engine,
+    in one outer transaction. There the application commits, rolls back, sets savepoints and fails
+    as in production. In an isolation inside of another one, the inner one's work is undone first.
+
+    :param registries: the application's ``scoped_session`` objects.
+    :param wait: for how many seconds a transaction of another thread waits for its turn.
+    :return: what became of the scopes, see :func:`record_outcomes`.
+    :raises TypeError: see :class:`wsgi_dbsession.session_scope`; or a registry is bound to a
+        Connection.
+    :raises ValueError: likewise; or a registry is not bound to an engine.
+    :raises RuntimeError: at the end of the block, if a scope or a transaction was left open, or if
+        a rollback has undone what another transaction had committed.
+    """
+    checked = check_registries(registries)
+    problems: list[str] = []
+    with record_outcomes(*checked) as outcomes:
+        isolation = _Isolation(wait)
+        try:
+            with isolation.undone:
+                # First those that another isolation has bound: the rest may share its connection.
+                for registry in sorted(checked, key=_is_outside):
+                    isolation.bind(registry.session_factory)
+                try:
+                    yield outcomes
+                finally:
+                    problems += _end_scopes(outcomes)
+                    problems += isolation.find_problems()
+        except BaseException:
+            for problem in problems:
+                log.error("%s", problem)
+            raise
+    if problems:
+        raise RuntimeError("\n".join(problems))
+
+
+def _end_scopes(outcomes: list[Recorded]) -> list[str]:
+    """End what was not ended, so that the next test is none the worse for it.
+
+    A response that a test client has read but not closed is no problem: its outcome is known.
+    """
+    if _open(outcomes):
+        gc.collect()  # which closes responses that are in a cycle and nobody has any more
+    problems = [
+        f"the scope of {record.name} was never ended. It was opened at {record.opened}. "
+        "A request ends when its response is closed, a session_scope block when it is left"
+        for record in _open(outcomes)
+    ]
+    for record in reversed(outcomes):
+        if record.scope is not None:
+            _abandon(record.scope)
+    return problems
+
+
+def _open(outcomes: list[Recorded]) -> list[Recorded]:
+    return [
+        each
+        for each in outcomes
+        if each.scope is not None and (each.scope.in_step or each.scope.undecided())
+    ]
+
+
+def _abandon(scope: Scope) -> None:
+    if not scope.in_step:
+        scope.enter()
+        try:
+            scope.end(complete=False)
+        finally:
+            scope.leave()
+    elif next(scopes_in_force(), None) is scope:
+        try:
+            scope.end(complete=False)
+        finally:
+            scope.leave_block()
+    # Else it is at work in another thread or generator, and finds its connection gone.
+
+
+def _is_outside(registry: scoped_session[Any]) -> bool:
+    return not isinstance(registry.session_factory.kw.get("bind"), IsolatedEngine)
+
+
+class _Isolation:
+    """The connections of one ``isolate`` block, and how to get back to what was before."""
+
+    def __init__(self, wait: float) -> None:
+        self.undone = contextlib.ExitStack()
+        self._wait = wait
+        self._lock = threading.RLock()
+        self._shared: dict[Pool, SharedConnection] = {}
+        self._unended: dict[SharedConnection, Callable[[], list[IsolatedConnection]]] = {}
+        self._engines: dict[Engine, IsolatedEngine] = {}
+        self._factories: set[sessionmaker[Any]] = set()
+
+    def bind(self, factory: sessionmaker[Any]) -> None:
+        """Bind a session factory to the shared connections until the end."""
+        if factory in self._factories:
+            return
+        self._factories.add(factory)
+        bind, binds = factory.kw.get("bind"), factory.kw.get("binds")
+        chooses = factory.class_.get_bind is not Session.get_bind
+        if bind is None and not binds and not chooses:
+            msg = (
+                "a registry is not bound to an engine, so there is nothing to isolate: call "
+                "Session.configure(bind=engine) before isolate(Session)"
+            )
+            raise ValueError(msg)
+        if chooses:
+            self._bind_choice(factory)
+        bound: dict[str, Any] = {}
+        if bind is not None:
+            bound["bind"] = self.engine(bind)
+        if binds:
+            bound["binds"] = {key: self.engine(each) for key, each in binds.items()}
+        before = {name: factory.kw.get(name) for name in bound}
+        factory.configure(**bound)
+        self.undone.callback(_restore, factory, bound, before)
+        self._watch(factory)
+
+    def _watch(self, factory: sessionmaker[Any]) -> None:
+        def refuse_outsider(
+            session: Session, transaction: SessionTransaction, connection: Connection
+        ) -> None:
+            if not isinstance(connection.engine, IsolatedEngine):
+                msg = (
+                    f"a Session uses {connection.engine!r} past the isolation: it was made before "
+                    "isolate(), or its registry was bound to an engine after that. Begin the "
+                    "isolation when the application is made, and outside of any scope"
+                )
+                raise RuntimeError(msg)
+
+        event.listen(factory, "after_begin", refuse_outsider)
+        self.undone.callback(event.remove, factory, "after_begin", refuse_outsider)
+
+    def _bind_choice(self, factory: sessionmaker[Any]) -> None:
+        """Isolate what ``get_bind()`` returns, where the Session class has one of its own."""
+        chooser = factory.class_
+        isolated = self.engine
+
+        def get_bind(self: Session, *arguments: Any, **options: Any) -> Engine:
+            return isolated(chooser.get_bind(self, *arguments, **options))
+
+        factory.class_ = type(chooser.__name__, (chooser,), {"get_bind": get_bind})
+        self.undone.callback(setattr, factory, "class_", chooser)
+
+    def engine(self, bind: Engine | Connection) -> IsolatedEngine:
+        """Return the isolated engine in place of this one."""
+        if isinstance(bind, Connection):
+            msg = "a registry is bound to a Connection: isolate() needs its engine, and binds it"
+            raise TypeError(msg)
+        with self._lock:
+            isolated = self._engines.get(bind)
+            if isolated is None:
+                isolated = self._engines[bind] = self._isolate(bind)
+            return isolated
+
+    def _isolate(self, engine: Engine) -> IsolatedEngine:
+        if isinstance(engine, IsolatedEngine):
+            self._shared[engine.pool] = shared = engine.shared
+            if shared not in self._unended:
+                level = shared.open_level()
+                self.undone.callback(shared.close_level, level)
+                self._unended[shared] = functools.partial(shared.unended, level)
+            return engine
+        # Engine.execution_options() makes engines that share a pool, and so its connections.
+        if engine.pool not in self._shared:
+            shared = self._shared[engine.pool] = SharedConnection(engine, self._wait)
+            self.undone.callback(shared.end)
+            self._unended[shared] = functools.partial(shared.unended, None)
+        return IsolatedEngine(engine, self._shared[engine.pool])
+
+    def find_problems(self) -> list[str]:
+        """Say which transactions are open, and which were not isolated from each other."""
+        problems: list[str] = []
+        for unended in self._unended.values():
+            problems += [
+                f"a transaction was never ended. It was begun at {connection.opened}. Commit, "
+                "roll back or close its Session or Connection"
+                for connection in unended()
+            ]
+        for shared in self._unended:
+            problems += shared.problems
+            shared.problems.clear()
+        return problems
+
+
+def _restore(factory: sessionmaker[Any], bound: dict[str, Any], before: dict[str, Any]) -> None:
+    # The application may have configured it anew meanwhile.
+    factory.configure(**{k: v for k, v in before.items() if factory.kw.get(k) is bound[k]})

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Or pytest's plugin imports it when a worker's session ends, which takes so long on a busy machine
+# that pytest-xdist kills the worker before it has written what it covered.
+import hypothesis  # noqa: F401
 import pytest
 
 from tests import postgres

@@ -3,6 +3,7 @@
 #   make demo             run the example application (ONCE=1: its checks only, then end)
 #   make test             tests with coverage, lint, types (ARGS="-k commit" goes to pytest)
 #   make bench            measure, in an environment of its own (QUICK=1: only see that it runs)
+#   make docs-servers     run the tests of the servers, and write docs/servers.md from what they see
 #   make tox              the tests on each Python that is here, with each SQLAlchemy
 #   make clean            remove whatever these have made
 #
@@ -27,7 +28,7 @@ endef
 pip_install = -m pip install --quiet --disable-pip-version-check --editable . --group
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test unit lint types format bench tox clean
+.PHONY: help demo test unit lint types format bench docs-servers tox clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -57,6 +58,9 @@ format: $(VENV)/.installed-dev
 
 bench: $(BENCH_VENV)/.installed-bench
 	$(BENCH_VENV)/bin/python -m benchmarks $(if $(call yes,$(QUICK)),--quick) $(ARGS)
+
+docs-servers: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.servers.report
 
 tox: $(VENV)/.installed-dev
 	$(BIN)/tox run $(ARGS)

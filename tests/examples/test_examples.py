@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +34,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 @contextmanager
-def running(example: str, directory: Path) -> Iterator[str]:
+def running(example: str, directory: Path, **variables: str) -> Iterator[str]:
     """Run an example in a directory of its own; yield its address once it listens."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -40,7 +42,7 @@ def running(example: str, directory: Path) -> Iterator[str]:
     process = subprocess.Popen(
         [sys.executable, str(EXAMPLES / example)],
         cwd=directory,
-        env=environment(PORT=str(port)),
+        env=environment(PORT=str(port), **variables),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -57,7 +59,7 @@ def running(example: str, directory: Path) -> Iterator[str]:
         process.communicate(timeout=10)
 
 
-def request(url: str, form: dict[str, str] | None = None) -> tuple[int, str]:
+def ask(url: str, form: dict[str, str] | None = None) -> tuple[int, str]:
     data = None if form is None else urlencode(form).encode()
     try:
         with urlopen(url, data, timeout=10) as response:
@@ -79,10 +81,10 @@ def rows(database: Path, query: str) -> list[object]:
 def test_the_application_saves_what_it_says_it_saved(example: str, tmp_path: Path) -> None:
     """A 201 is in the database, a 422 is not, and the page shows the rest."""
     with running(example, tmp_path) as address:
-        saved = request(address + "/", {"text": "hello"})
+        saved = ask(address + "/", {"text": "hello"})
         in_the_database = rows(tmp_path / "notes.db", "SELECT text FROM note")
-        refused = request(address + "/", {"text": ""})
-        _, page = request(address + "/")
+        refused = ask(address + "/", {"text": ""})
+        _, page = ask(address + "/")
 
     assert saved == (201, "saved")
     assert in_the_database == ["hello"]
@@ -94,13 +96,44 @@ def test_the_application_saves_what_it_says_it_saved(example: str, tmp_path: Pat
 def test_the_gevent_application_counts_and_streams(tmp_path: Path) -> None:
     """Visits are counted, and the stream tells of them."""
     with running("gevent_app.py", tmp_path) as address:
-        counted = request(address + "/a")
+        counted = ask(address + "/a")
         in_the_database = rows(tmp_path / "hits.db", "SELECT path FROM hit")
-        _, events = request(address + "/events")
+        _, events = ask(address + "/events")
 
     assert counted == (200, "counted")
     assert in_the_database == ["/a"]
     assert events == "data: 1 hits\n\n" * 3
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_transfers_that_lost_a_race_run_again(
+    database: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Eight clients at once see no error, and the sum stays."""
+    variables: dict[str, str] = {}
+    if database == "postgres":
+        server: Server = request.getfixturevalue("postgres_server")
+        url = server.create_database(f"transfers_{os.getpid()}")
+        variables["DATABASE_URL"] = url.render_as_string(hide_password=False)
+    replies: list[tuple[int, str]] = []
+
+    with running("retry_app.py", tmp_path, **variables) as address:
+
+        def client(source: str, target: str) -> None:
+            for amount in (1, 2, 3):
+                form = {"from": source, "to": target, "amount": str(amount)}
+                replies.append(ask(address + "/", form))
+
+        pairs = [("ann", "bob"), ("bob", "ann")] * 4
+        threads = [threading.Thread(target=client, args=pair) for pair in pairs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        _, balances = ask(address + "/")
+
+    assert [status for status, _ in replies] == [200] * 24
+    assert json.loads(balances) == {"ann": 100, "bob": 100}
 
 
 def test_the_job_works_on_the_notes(tmp_path: Path) -> None:
@@ -210,7 +243,7 @@ def test_the_demo_serves_a_page_until_ctrl_c() -> None:
         address = next(
             line.split()[-1] for line in process.stdout if line.startswith("Now try it yourself")
         )
-        status, page = request(address)
+        status, page = ask(address)
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=10)
     finally:

@@ -1,0 +1,1 @@
+"""Measures wsgi_dbsession against what one would use instead: ``make bench``."""

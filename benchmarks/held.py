@@ -1,0 +1,106 @@
+"""Part 2: what the other clients get while slow ones read, with a pool of five connections."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import chart, report, servers
+from benchmarks.applications import APPLICATIONS, BY_HAND, NONE, OURS, VARIANTS
+from benchmarks.load import own_load, slow_readers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+POOL_SIZE = 5
+CLIENTS = 8
+BODIES = {"a finished body of 1 MB": "/big", "a stream of 1 MB": "/big-stream"}
+
+
+def measure(urls: dict[str, str], *, quick: bool) -> dict[str, Any]:
+    """Return the requests a second of the others, by body, application and slow readers."""
+    counts = [0, 20] if quick else [0, 50, 200, 1000]
+    bodies = list(BODIES)[:1] if quick else list(BODIES)
+    found: dict[str, dict[str, list[list[float]]]] = {body: {} for body in bodies}
+    failures: dict[str, str] = {}
+    for framework, peer in [("bare WSGI", OURS)] if quick else _peers():
+        with contextlib.ExitStack() as stack:
+            server: servers.Server | None = None
+            name = f"{peer} ({framework})"
+            for body in bodies:
+                row = found[body][name] = []
+                for count in counts:
+                    if server is None:
+                        server = stack.enter_context(
+                            servers.serve(
+                                *("pywsgi", framework, peer, urls["PostgreSQL"]),
+                                pool_size=POOL_SIZE,
+                            )
+                        )
+                    port = server.port
+                    with slow_readers(port, BODIES[body], count) as answered:
+                        seen = own_load(port, "/select", clients=CLIENTS, seconds=0.8)
+                    row.append([answered, seen.per_second])
+                    if seen.failed:
+                        failures[name] = server.last_words()
+                    if answered < count:
+                        # Some do not recover from clients that went away: each gets a new start.
+                        stack.close()
+                        server = None
+    return {"counts": counts, "bodies": found, "failures": failures}
+
+
+def _peers() -> list[tuple[str, str]]:
+    peers = [("bare WSGI", OURS), *(("bare WSGI", peer) for peer in VARIANTS["bare WSGI"])]
+    for framework, names in APPLICATIONS.items():
+        for peer in names:
+            # The hand-written ones do the same in every framework.
+            if peer not in (NONE, OURS) and (peer != BY_HAND or framework == "bare WSGI"):
+                peers.append((framework, peer))
+    return peers
+
+
+def render(results: dict[str, Any], directory: Path) -> str:
+    counts: list[int] = results["counts"]
+    parts = [
+        "## 2. Connections held while slow clients read\n",
+        report.prose(f"""
+            gevent.pywsgi with a pool of {POOL_SIZE} connections to PostgreSQL. Each slow reader
+            has asked for a response for which the view ran a SELECT, and reads 1 KB twice a
+            second. Meanwhile {CLIENTS} other clients ask for a SELECT as quickly as they are
+            answered: the table has the successful requests a second that these get in all, and
+            in brackets how many of the slow readers have the beginning of their answer.
+        """),
+        report.prose("""
+            An application that ends its transaction when the response is closed holds a
+            connection for every slow reader. A stream may still need its Session while it runs,
+            so its transaction lasts until it is exhausted, unless `commit_on="headers"` says that
+            what it does after its start is a transaction of its own. The peers that stay quick
+            with streams have committed, or closed the Session, before the stream runs.
+        """),
+    ]
+    for index, (body, rows) in enumerate(results["bodies"].items()):
+        heads = [f"slow readers of {body}", *map(str, counts)]
+        lines = []
+        for name, row in rows.items():
+            shown = f"**{name}**" if name.startswith(OURS) else name
+            cells = [f"{row[0][1]:,.0f}"]
+            cells += [f"{per_second:,.0f} ({answered:,.0f})" for answered, per_second in row[1:]]
+            lines.append([shown, *cells])
+        parts.append(report.table(heads, lines))
+        name = f"held-{('list', 'stream')[index]}.svg"
+        title = f"Requests a second of the others, while slow clients read {body}"
+        chart.lines(
+            directory / name,
+            title,
+            f"requests a second, pool of {POOL_SIZE}",
+            [str(count) for count in counts],
+            "slow readers",
+            {name: [cell[1] for cell in row] for name, row in rows.items()},
+        )
+        parts.append(f"![{title}]({name})\n")
+    parts += [
+        f"{name} also answered with errors, the last of which was `{reason}`.\n"
+        for name, reason in results["failures"].items()
+    ]
+    return "\n".join(parts)

@@ -111,7 +111,7 @@ class TenantSession(Session):
         found: Engine | None = self.info.get("tenant's")
         if found is None:
             found = self.info["engine"].execution_options(schema_translate_map={None: None})
-            found = found.execution_options(isolation_level="READ COMMITTED")
+            found = found.execution_options(tenant="a")
             self.info["tenant's"] = found
         return found
 

@@ -65,6 +65,11 @@ def keep_and_doom() -> None:
     current_scope().doom()
 
 
+def doom_and_keep() -> None:
+    current_scope().doom()
+    current_scope().keep()
+
+
 def keep_and_fail() -> None:
     current_scope().keep()
     raise AppError
@@ -120,6 +125,7 @@ ROWS = {
     "keep in spite of the status": Row("commit", "kept", early=keep, status="401 Unauthorized"),
     "keep that is said late": Row("commit", "kept", late=keep, status="401 Unauthorized"),
     "keep beaten by doom": Row("rollback", "doomed", early=keep_and_doom),
+    "keep beaten by an earlier doom": Row("rollback", "doomed", early=doom_and_keep),
     "keep beaten by an error": Row("rollback", "error", late=keep_and_fail, raises=AppError),
     "a client that goes away": Row("rollback", "incomplete", blocks=1),
     "keep beaten by a client that goes away": Row("rollback", "incomplete", early=keep, blocks=1),
@@ -176,11 +182,11 @@ def add_one(registry: scoped_session[Session]) -> None:
 
 
 def change_one(registry: scoped_session[Session]) -> None:
-    registry.get_one(Note, 1).text = "b"
+    registry.scalars(select(Note)).one().text = "b"
 
 
 def delete_one(registry: scoped_session[Session]) -> None:
-    registry.delete(registry.get_one(Note, 1))
+    registry.delete(registry.scalars(select(Note)).one())
 
 
 def insert_by_core(registry: scoped_session[Session]) -> None:
@@ -201,7 +207,7 @@ def insert_by_query_with_returning(registry: scoped_session[Session]) -> None:
 
 
 def read(registry: scoped_session[Session]) -> None:
-    registry.get_one(Note, 1)
+    registry.scalars(select(Note)).one()
 
 
 def idle(registry: scoped_session[Session]) -> None:
@@ -802,18 +808,21 @@ def test_the_first_error_beats_an_interruption_in_a_hook(
 def test_what_a_hook_writes_is_committed(
     database: Database, registry: scoped_session[Session]
 ) -> None:
-    """A hook may begin a transaction, and register another hook, which runs too."""
+    """A hook may begin a transaction, and register another hook, which runs too, and so on."""
     calls: list[str] = []
     with session_scope(registry) as scope:
         registry.add(Note(text="a"))
 
         def hook() -> None:
             registry.add(Note(text="hook"))
-            scope.on_commit(lambda: calls.append("second"))
+            scope.on_commit(lambda: scope.on_commit(last))
+
+        def last() -> None:
+            scope.on_commit(lambda: calls.append("last"))
 
         scope.on_commit(hook)
 
-    assert calls == ["second"]
+    assert calls == ["last"]
     assert database.notes() == ["a", "hook"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -16,23 +17,36 @@ SECOND = "#f29a9b"
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
 
 
-def bars(path: Path, title: str, unit: str, groups: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw a horizontal bar for each value, in groups."""
+def bars(
+    path: Path,
+    title: str,
+    unit: str,
+    groups: Mapping[str, Mapping[str, float]],
+    *,
+    limit: float = math.inf,
+) -> None:
+    """Draw a horizontal bar for each value, in groups; those above the limit are cut off."""
     left, row, top = 250, 20, 70
     highest = max((value for group in groups.values() for value in group.values()), default=1)
-    scale = (WIDTH - left - 90) / max(highest, 1e-9)
+    scale = (WIDTH - left - 90) / max(min(highest, limit), 1e-9)
     lines = []
     y = top
     for group, values in groups.items():
         lines.append(_text(12, y + 14, group, weight="bold"))
         y += row
         for name, value in values.items():
-            width = max(value, 0) * scale
+            width = min(max(value, 0), limit) * scale
             lines.append(_text(left - 8, y + 14, name, anchor="end"))
             lines.append(
                 f'<rect x="{left}" y="{y + 3}" width="{width:.1f}" height="{row - 6}" '
                 f'fill="{_colour(name, 0)}"/>'
             )
+            if value > limit:
+                cut = left + width - 30
+                lines.append(
+                    f'<path d="M{cut} {y}l-6 {row}M{cut + 8} {y}l-6 {row}" stroke="white" '
+                    'stroke-width="3"/>'
+                )
             lines.append(_text(left + width + 6, y + 14, _number(value)))
             y += row
         y += 8
@@ -48,8 +62,8 @@ def lines(
     series: Mapping[str, Sequence[float]],
 ) -> None:
     """Draw a line for each series over the labels."""
-    left, right, top, height = 80, WIDTH - 300, 80, 300
-    highest = max(max(values) for values in series.values()) or 1
+    left, right, top, height = 80, WIDTH - 360, 80, 300
+    highest = _round_up(max(max(values) for values in series.values()))
     step = (right - left) / max(len(labels) - 1, 1)
     drawn = []
     for quarter in range(5):
@@ -84,14 +98,21 @@ def _is_ours(name: str) -> bool:
 
 def _colour(name: str, index: int) -> str:
     if _is_ours(name):
-        return OURS if name == "wsgi_dbsession" else SECOND
+        return SECOND if "," in name else OURS
     return COLOURS[index % len(COLOURS)]
+
+
+def _round_up(value: float) -> float:
+    """Return the next number that can be divided by four and read."""
+    unit = 10.0 ** math.floor(math.log10(max(value, 1e-9)))
+    steps = (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10)
+    return next(step * unit for step in steps if step * unit >= value)
 
 
 def _number(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: str = "normal") -> str:

@@ -93,10 +93,10 @@ def render(results: dict[str, Any], directory: Path) -> str:
         chart.lines(
             directory / name,
             title,
-            f"requests a second, pool of {POOL_SIZE}",
+            f"per cent of what they get without slow readers, pool of {POOL_SIZE}",
             [str(count) for count in counts],
             "slow readers",
-            {name: [cell[1] for cell in row] for name, row in rows.items()},
+            {name: [cell[1] / row[0][1] * 100 for cell in row] for name, row in rows.items()},
         )
         parts.append(f"![{title}]({name})\n")
     parts += [

@@ -171,6 +171,7 @@ def _plot(results: dict[str, Any], directory: Path) -> str:
         "Overhead of a request that uses no Session",
         "µs more than the same application without Sessions",
         bars,
+        limit=40,
     )
     return "![Overhead of a request that uses no Session](overhead.svg)\n"
 

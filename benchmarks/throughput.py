@@ -50,7 +50,8 @@ def render(results: dict[str, Any], directory: Path) -> str:
             gunicorn with one worker (gthread: 8 threads), {CLIENTS} clients, load from
             {results["generator"]} on the same machine; each request is one INSERT, one SELECT and
             a COMMIT in PostgreSQL. All servers of a worker class run at the same time and are
-            loaded in turns; medians of the turns. The ratio is to the first of the framework, in the same turn.
+            loaded in turns; medians of the turns. The ratio is to the first of the framework, in
+            the same turn.
         """),
     ]
     bars: dict[str, dict[str, float]] = {}

@@ -699,36 +699,6 @@ def test_an_interrupted_commit_is_not_answered(
     assert "nobody knows if it took place" in record.getMessage()
 
 
-class Retry:
-    """What a middleware outside says that sends a failed request again."""
-
-    def __init__(self, again: bool) -> None:
-        self.again = again
-        self.asked: list[tuple[Scope, BaseException]] = []
-
-    def will_retry(self, scope: Scope, failure: BaseException) -> bool:
-        """Say whether it will."""
-        self.asked.append((scope, failure))
-        return self.again
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_a_failed_commit_that_is_tried_again_is_not_logged(
-    sqlite_registry: scoped_session[Session], caplog: pytest.LogCaptureFixture, again: bool
-) -> None:
-    """The log is for what the client gets to see: an extra that tries again takes care of it."""
-    app = BODIES["list body"](Program(lambda: sqlite_registry.add(Book(author_id=7))))
-    retry = Retry(again)
-    environ = make_environ()
-    environ["wsgi_dbsession.retry"] = retry
-
-    with pytest.raises(IntegrityError) as caught:
-        Server().run(SessionMiddleware(app, sqlite_registry), environ)
-
-    assert retry.asked == [(environ["wsgi_dbsession.scope"], caught.value)]
-    assert len(caplog.records) == (0 if again else 1)
-
-
 def test_an_error_of_the_application_is_not_answered(
     sqlite_registry: scoped_session[Session],
 ) -> None:

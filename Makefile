@@ -2,7 +2,7 @@
 #
 #   make demo             run the example application (ONCE=1: its checks only, then end)
 #   make test             tests with coverage, lint, types (ARGS="-k commit" goes to pytest)
-#   make bench            measure, in an environment of its own (QUICK=1: only see that it runs)
+#   make bench            measure, 10 minutes (QUICK=1: only see that it runs; ARGS=held: one part)
 #   make docs-servers     run the tests of the servers, and write docs/servers.md from what they see
 #   make tox              the tests on each Python that is here, with each SQLAlchemy
 #   make clean            remove whatever these have made

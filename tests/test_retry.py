@@ -1082,7 +1082,7 @@ def test_a_response_of_headers_only_is_run_again(
 
     assert (reply.status, reply.starts, race.attempts) == (status, 1, 2)
     assert sorted(postgres_database.notes()) == race.done()
-    assert list(result) == []
+    assert Closing.closed == (1 if race.at == "statement" else 2)
 
 
 def test_an_error_page_of_headers_only_is_run_again(statement_race: Race) -> None:
@@ -1103,20 +1103,15 @@ def test_an_error_page_of_headers_only_is_run_again(statement_race: Race) -> Non
     assert (reply.status, reply.starts, statement_race.attempts) == ("200 OK", 1, 2)
 
 
-def test_a_failed_commit_in_close_is_raised_when_attempts_run_out(race: Race) -> None:
-    """The server hears of it, as it would without the middleware."""
-    race.at, race.lost = "commit", 9
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_last_error_comes_out_of_the_call(shape: str, race: Race) -> None:
+    """Some servers answer with a 500 only what the call of the application raises."""
+    race.lost = 9
+    app = protect(SHAPES[shape](race.run), race.registry)
 
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        start_response("200 OK", TEXT)
-        race.run()
-        return Closing([])
-
-    result = protect(app, race.registry)(make_environ("HEAD"), Reply().start)
     with pytest.raises(OperationalError):
-        result.close()
+        app(make_environ(), Reply().start)
     assert race.attempts == 3
-    assert Closing.closed == 3
 
 
 @pytest.mark.parametrize("empty", [Closing([]), iter(())], ids=["with close()", "without"])
@@ -1160,8 +1155,6 @@ def test_nothing_is_run_again_for_a_client_that_has_gone(plain: scoped_session[S
     result = protect(app, plain)(make_environ(), Reply().start)
     with pytest.raises(Retry):
         result.close()
-    result.close()
-    assert list(result) == []
     assert Closing.closed == 1
 
 
@@ -1286,14 +1279,16 @@ def test_a_response_that_is_never_closed_leaves_nothing(
 ) -> None:
     """Once it is unreachable, its work is rolled back and its connection is returned."""
 
-    def work() -> None:
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         notes.add(Note(text="lost"))
         notes.flush()
+        start_response("200 OK", TEXT)
+        return Closing([b"one", b"two"])
 
     pool: Any = sqlite_database.engine.pool
     gc.disable()
     try:
-        result = protect(closing_app(work), notes)(make_environ("POST"), Reply().start)
+        result = protect(app, notes)(make_environ("POST"), Reply().start)
         assert pool.checkedout() == 1
         del result
         assert pool.checkedout() == 0

@@ -6,7 +6,6 @@ client has not seen anything of it.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import random
@@ -528,8 +527,7 @@ class RetryMiddleware:
             )
             raise RuntimeError(msg)
         request = _Request(self._policy, self.app, environ, start_response, self._max_body)
-        attempt, result = request.make_attempts()
-        return result if attempt.released else _Response(attempt, result)
+        return request.respond()
 
 
 class _Start(_Attempt):
@@ -659,8 +657,8 @@ class _Request(_Run):
         """Say whether no other attempt could read the body again."""
         return self._body is None or self._body.is_lost()
 
-    def make_attempts(self) -> tuple[_Start, Iterable[bytes]]:
-        """Run the application until an attempt is final, or has code left to run."""
+    def respond(self) -> Iterable[bytes]:
+        """Run the application until an attempt is final, and hand it on."""
         while True:
             self.number += 1
             environ = self._environ.copy()
@@ -668,105 +666,69 @@ class _Request(_Run):
             environ["wsgi_dbsession.attempt"] = self.number
             environ["wsgi_dbsession.attempts"] = self.attempts
             if self._body is not None:
-                self._body.rewind()
                 environ["wsgi.input"] = self._body
             result: Iterable[bytes] = ()
+            blocks: Iterator[bytes] | None = None
+            block = _END
             try:
                 try:
                     result = self._app(environ, attempt)
                 finally:
                     scope = attempt.scope = environ.get(_SCOPE)
-            except Exception as error:
-                if not attempt.gives_way_to(error):
+                if scope is not None and scope.environ is not None:
+                    # The request is not over: its first block tells more.
+                    blocks = iter(result)
+                    block = next(blocks, _END)
+                if not attempt.fails():
+                    attempt.release()
+                    if blocks is None:
+                        return result
+                    return _Response(attempt, result, block, blocks)
+            except BaseException as error:
+                _close_failed(result)
+                if not isinstance(error, Exception) or not attempt.gives_way_to(error):
                     raise
             else:
-                if scope is not None and scope.environ is not None:
-                    return attempt, result  # the request is not over yet
-                if not attempt.fails():
-                    try:
-                        attempt.release()
-                    except BaseException:
-                        with contextlib.suppress(BaseException):
-                            _close(result)
-                        raise
-                    return attempt, result
                 _close_failed(result)
+                if attempt.obstacle() is not None:
+                    # It committed something in its close(), so this is all there will be.
+                    attempt.release()
+                    return [] if block is _END else [block]
+            assert self._body is not None, "what cannot be read again is an obstacle"
+            self._body.rewind()
             self.pause()
 
 
 class _Response:
     """The body: the iterable that the server gets where application code is left to run."""
 
-    __slots__ = ("_attempt", "_blocks", "_iterable")
+    __slots__ = ("_ahead", "_attempt", "_blocks", "_iterable")
 
-    def __init__(self, attempt: _Start, iterable: Iterable[bytes]) -> None:
+    def __init__(
+        self, attempt: _Start, iterable: Iterable[bytes], ahead: bytes, blocks: Iterator[bytes]
+    ) -> None:
         self._attempt = attempt
         self._iterable = iterable
-        self._blocks: Iterator[bytes] | None = None
+        self._ahead: bytes | None = ahead
+        self._blocks = blocks
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
-        while not self._attempt.released:
-            attempt = self._attempt
-            block = _END
-            try:
-                self._blocks = iter(self._iterable)
-                block = next(self._blocks, _END)
-            except Exception as error:
-                if not attempt.gives_way_to(error):
-                    raise
-                self._close_attempt()
-            else:
-                # What runs in close() may commit: the decision is made again after it.
-                if not attempt.fails() or not self._close_attempt():
-                    attempt.release()
-                    if block is _END:
-                        raise StopIteration
-                    return block
-            self._retry()
-        if self._blocks is None:
-            self._blocks = iter(self._iterable)
+        block, self._ahead = self._ahead, None
         try:
-            return next(self._blocks)
-        except StopIteration:
-            raise
+            if block is None:
+                block = next(self._blocks, _END)
         except Exception as error:
             self._attempt.gives_way_to(error)  # it does not, and the log says why
             raise
-
-    def _close_attempt(self) -> bool:
-        """Close the response of a failed attempt, and say whether that left it undone."""
-        iterable, self._iterable, self._blocks = self._iterable, (), iter(())
-        _close_failed(iterable)
-        return self._attempt.obstacle() is None
-
-    def _retry(self) -> None:
-        request = self._attempt.request
-        request.pause()
-        self._attempt, self._iterable = request.make_attempts()
-        self._blocks = None
+        if block is _END:
+            raise StopIteration
+        return block
 
     def close(self) -> None:
-        """Close the response; run the request again where only its headers are awaited."""
-        while True:
-            attempt = self._attempt
-            iterable, self._iterable, self._blocks = self._iterable, (), iter(())
-            try:
-                _close(iterable)
-            except Exception as error:
-                # Anything but a failed commit means that the client has gone.
-                scope = attempt.scope
-                if scope is None or scope.reason != "commit failed":
-                    raise
-                if not attempt.gives_way_to(error):
-                    raise
-            else:
-                if attempt.released or not attempt.fails():
-                    break
-            self._retry()
-        attempt.release()
+        _close(self._iterable)
 
 
 def _close(iterable: Iterable[bytes]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import logging
+import sqlite3
 import subprocess
 import sys
 import weakref
@@ -755,9 +756,11 @@ def test_nothing_is_run_again_once_something_was_committed(
         assert ask(app, "POST").status[:3] == "500"
 
     assert (work.attempts, postgres_database.notes()) == (1, ["kept"])
+    reason = "something was committed in it"
+    if by == "an engine":
+        reason = "it used a connection without a Session, which may have committed"
     assert (
-        "POST /path: attempt 1 of 3 failed with Retry; it is the last one, "
-        "because something was committed in it"
+        f"POST /path: attempt 1 of 3 failed with Retry; it is the last one, because {reason}"
     ) in caplog.messages
 
 
@@ -836,6 +839,72 @@ def test_an_independent_block_that_was_rolled_back_is_no_commit(
     assert postgres_database.notes() == statement_race.done()
 
 
+def test_a_savepoint_that_was_released_is_no_commit(plain: scoped_session[Session]) -> None:
+    """It goes with the transaction around it."""
+
+    def work() -> None:
+        with plain.begin_nested():
+            plain.execute(text("SELECT 1"))
+
+    restless = Restless(work)
+    with pytest.raises(Retry):
+        ask(protect(list_app(restless), plain))
+    assert restless.attempts == 3
+
+
+def test_a_savepoint_that_was_rolled_back_hides_nothing(
+    statement_race: Race, postgres_database: Database
+) -> None:
+    """The transaction around it counts all the same."""
+    session = statement_race.registry
+    other = postgres_database.engine
+
+    def work() -> None:
+        session.execute(
+            text("INSERT INTO note (text) VALUES ('two')"), bind_arguments={"bind": other}
+        )
+        nested = session.begin_nested()
+        nested.rollback()
+        statement_race.run()
+
+    assert ask(protect(list_app(work), session), "POST").body == b"done"
+
+
+def test_a_lost_race_in_the_flush_of_the_commit_is_run_again(
+    statement_race: Race, postgres_database: Database
+) -> None:
+    """No COMMIT was sent."""
+    session = statement_race.registry
+
+    def work() -> None:
+        statement_race.attempts += 1
+        note = session.scalars(select(Note)).one()
+        note.text += "?"
+        if statement_race.attempts == 1:
+            statement_race.interfere("UPDATE note SET text = text || '!'")
+
+    assert ask(protect(list_app(work), session), "POST").body == b"done"
+    assert statement_race.attempts == 2
+    assert postgres_database.notes() == ["first!?"]
+
+
+def test_nothing_is_run_again_once_another_connection_of_the_session_may_be_committed(
+    statement_race: Race, other_postgres_database: Database
+) -> None:
+    """One Session over two databases commits them one after the other, in no order."""
+    session = statement_race.registry
+    statement_race.at = "commit"
+
+    def work() -> None:
+        bind = {"bind": other_postgres_database.engine}
+        session.execute(text("INSERT INTO note (text) VALUES ('perhaps')"), bind_arguments=bind)
+        statement_race.run()
+
+    with pytest.raises(OperationalError):
+        ask(protect(list_app(work), session), "POST")
+    assert statement_race.attempts == 1
+
+
 def test_reading_with_autocommit_is_no_commit(
     statement_race: Race, postgres_database: Database
 ) -> None:
@@ -845,8 +914,7 @@ def test_reading_with_autocommit_is_no_commit(
     )
 
     def work() -> None:
-        with replica.connect() as connection:
-            connection.execute(text("SELECT 1"))
+        statement_race.registry.execute(text("SELECT 1"), bind_arguments={"bind": replica})
         statement_race.run()
 
     assert ask(protect(list_app(work), statement_race.registry), "POST").body == b"done"
@@ -1467,8 +1535,10 @@ def test_a_locked_sqlite_database_is_run_again_by_choice(sqlite_database: Databa
         attempts.append(None)
         with contextlib.ExitStack() as stack:
             if len(attempts) == 1:
-                other = stack.enter_context(sqlite_database.observer.connect())
-                other.exec_driver_sql("INSERT INTO note (text) VALUES ('theirs')")
+                # Not by an engine: that may commit.
+                path = str(sqlite_database.url.database)
+                other = stack.enter_context(contextlib.closing(sqlite3.connect(path)))
+                other.execute("INSERT INTO note (text) VALUES ('theirs')")
             registry.add(Note(text="mine"))
             registry.flush()
 

@@ -515,19 +515,20 @@ def test_a_rollback_that_fails_does_not_hide_the_cause(
 
 
 def test_a_connection_that_was_ended_between_the_phases_is_never_run_again(
+    engine: Engine,
     postgres_database: Database,
     other_postgres_database: Database,
     postgres_admin: postgres.Admin,
 ) -> None:
     """A transaction that may have been prepared is in doubt: somebody may still commit it."""
     one = registry_of(other_postgres_database.engine, twophase=True)
-    two = registry_of(postgres_database.engine, twophase=True)
+    two = registry_of(engine, twophase=True)
     attempts: list[None] = []
 
     def end_it(connection: Any, xid: object) -> None:
         postgres_admin.terminate()
 
-    event.listen(postgres_database.engine, "prepare_twophase", end_it)
+    event.listen(engine, "prepare_twophase", end_it)
 
     def work() -> None:
         attempts.append(None)
@@ -540,6 +541,26 @@ def test_a_connection_that_was_ended_between_the_phases_is_never_run_again(
 
     assert len(attempts) == 1
     assert postgres_database.notes() == other_postgres_database.notes() == []
+
+
+def test_a_connection_that_broke_in_the_statement_of_a_phase_is_never_run_again(
+    engine: Engine, postgres_admin: postgres.Admin, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some drivers, and applications, send the phases as statements."""
+    registry = registry_of(engine)
+    attempts: list[None] = []
+
+    def work() -> None:
+        attempts.append(None)
+        add_note(registry)
+        postgres_admin.terminate()
+        registry.execute(text("PREPARE TRANSACTION 'mine'"))
+
+    with pytest.raises(DBAPIError) as caught:
+        ask(protect(list_app(work), registry), "POST")
+
+    assert len(attempts) == 1
+    assert_unknown(caplog, caught.value)
 
 
 # -- a restart ------------------------------------------------------------------------------------
@@ -784,18 +805,23 @@ def test_a_lock_wait_timeout_of_mysql_is_run_again(mysql: Engine) -> None:
     """MySQL rolls back only the statement, but the request rolls back everything."""
     registry = registry_of(mysql)
     attempts: list[None] = []
+    other: Any = mysql.raw_connection()  # not in the request: there it might commit
 
     def work() -> None:
         attempts.append(None)
         registry.execute(text("SET innodb_lock_wait_timeout = 1"))
         registry.execute(count_up(mysql, 1))
-        with contextlib.ExitStack() as stack:
-            if len(attempts) == 1:
-                other = stack.enter_context(mysql.connect())
-                other.execute(count_up(mysql, 2))
+        if len(attempts) == 1:
+            other.cursor().execute(str(count_up(mysql, 2)))
+        try:
             registry.execute(count_up(mysql, 2))
+        finally:
+            other.rollback()
 
-    assert ask(protect(list_app(work), registry), "POST").body == b"done"
+    try:
+        assert ask(protect(list_app(work), registry), "POST").body == b"done"
+    finally:
+        other.close()
     assert len(attempts) == 2
     assert numbers_in(mysql) == [1, 1]
 
@@ -810,14 +836,13 @@ def test_a_snapshot_of_mariadb_that_is_too_old_is_run_again(mysql: Engine) -> No
             )
     registry = registry_of(mysql)
     attempts: list[None] = []
-    raw: Any = mysql.raw_connection()
+    raw: Any = mysql.raw_connection()  # not in the request: there it might commit
 
     def work() -> None:
         attempts.append(None)
         registry.execute(text("SET innodb_snapshot_isolation = ON"))
         registry.execute(text(f"SELECT * FROM {table_of(mysql)}")).all()
         if len(attempts) == 1:
-            # Not by the engine: its commit would be one of this request.
             raw.cursor().execute(str(count_up(mysql, 1)))
             raw.driver_connection.commit()
         registry.execute(count_up(mysql, 1))
@@ -838,17 +863,16 @@ def test_a_connection_that_mysql_ended_before_the_commit_is_not_noticed(
     registry = registry_of(mysql)
     attempts: list[None] = []
     pids: list[int] = []
+    other: Any = mysql.raw_connection()  # not in the request: there it might commit
 
     def pid() -> int:
         return int(registry.scalar(text("SELECT connection_id()")) or 0)
 
     def kill(number: int) -> None:
-        other = create_engine(mysql.url)
-        with other.connect() as connection:
-            connection.exec_driver_sql(f"KILL {number}")
-            alive = text("SELECT id FROM information_schema.processlist WHERE id = :id")
-            wait_until(lambda: connection.scalar(alive, {"id": number}) is None)
-        other.dispose()
+        cursor = other.cursor()
+        cursor.execute(f"KILL {number}")
+        alive = f"SELECT 1 FROM information_schema.processlist WHERE id = {number}"
+        wait_until(lambda: cursor.execute(alive) == 0)
 
     def work() -> None:
         attempts.append(None)
@@ -861,7 +885,10 @@ def test_a_connection_that_mysql_ended_before_the_commit_is_not_noticed(
         ask(protect(list_app(lambda: pids.append(pid())), registry))
         kill(pids[0])
 
-    assert ask(protect(flask_app(work), registry), "POST").body == b"done"
+    try:
+        assert ask(protect(flask_app(work), registry), "POST").body == b"done"
+    finally:
+        other.close()
     assert len(attempts) == 2
     assert numbers_in(mysql) == [1, 1]
 

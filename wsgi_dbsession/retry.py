@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import Pool
 
 from . import SessionMiddleware, session_scope
 from ._scope import describe, scope_of, scopes_in_force
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import InputStream, StartResponse, WSGIEnvironment
     from sqlalchemy import Connection
     from sqlalchemy.engine import ExceptionContext
-    from sqlalchemy.orm import scoped_session
+    from sqlalchemy.orm import SessionTransaction, scoped_session
 
     from . import Scope
 
@@ -66,6 +67,10 @@ _IN_FAILED_TRANSACTION = "25P02"
 # The answer to a COMMIT that leaves open whether it took place: connection exceptions, an operator
 # who ended the server's process, and 40003, "statement completion unknown".
 _OPEN = ("08", "57P", "40003")
+
+# Where the connection breaks during these, the transaction is in doubt: whoever finds that it was
+# prepared may still commit it.
+_TWO_PHASES = ("PREPARE TRANSACTION", "COMMIT PREPARED", "XA ")
 
 
 class Retry(Exception):  # noqa: N818 - it is an order, like StopIteration
@@ -230,30 +235,53 @@ class _Run(ABC):
 class _Attempt:
     """One attempt: what the database said in it, and what was committed."""
 
-    __slots__ = ("_committing", "_preparing", "commits", "reason", "run", "unknown")
+    __slots__ = ("_begun", "_committing", "_loose", "commits", "reason", "run", "unknown")
 
     def __init__(self, run: _Run) -> None:
         self.run = run
         self.reason: str | None = None  # the last database error, if it is retryable
         self.commits = 0
-        self.unknown = False
-        self._committing: Connection | None = None
-        self._preparing: Connection | None = None
+        self.unknown = False  # whether a COMMIT took place
+        self._begun: dict[Session, set[Connection]] | None = None
+        self._committing: Session | None = None
+        self._loose: set[int] | None = None  # connections that no Session has claimed
 
-    def begin(self, connection: Connection) -> None:
+    def check_out(self, connection: object) -> None:
+        """Take note of a connection that leaves the pool."""
+        if self._loose is None:
+            self._loose = set()
+        self._loose.add(id(connection))
+
+    def begin(self, session: Session, connection: Connection) -> None:
         """Take note of a transaction that begins."""
-        self._committing = None
+        if self._begun is None:
+            self._begun = {}
+        self._begun.setdefault(session, set()).add(connection)
+        if self._loose:
+            self._loose.discard(id(connection.connection.dbapi_connection))
         if _is_autocommit(connection):
             self.commits += 1
 
-    def prepare(self, connection: Connection) -> None:
-        """Take note of the first phase of a commit."""
-        self._preparing = connection
+    def start_commit(self, session: Session) -> None:
+        """Take note of a flush, and a COMMIT after it."""
+        self._committing = session
 
-    def commit(self, connection: Connection) -> None:
-        """Take note of a COMMIT that is about to be sent."""
+    def end_commit(self, session: Session) -> None:
+        """Take note of a COMMIT that took place."""
+        self._committing = None
+        self._end(session)
         self.commits += 1
-        self._committing = connection
+
+    def roll_back(self, session: Session, error: BaseException | None) -> None:
+        """Take note of a rollback, and of the error that is handled by it."""
+        self._committing = None
+        self._end(session)
+        # A flush may fail with an error that is none of the database: StaleDataError.
+        if error is not None and not isinstance(error, DBAPIError):
+            self.note(error)
+
+    def _end(self, session: Session) -> set[Connection] | None:
+        return None if self._begun is None else self._begun.pop(session, None)
 
     def fail(self, context: ExceptionContext) -> bool:
         """Take note of an error of the database.
@@ -261,21 +289,25 @@ class _Attempt:
         :return: whether it leaves open what became of the transaction.
         """
         error = context.sqlalchemy_exception or context.original_exception
-        connection = context.connection
-        if connection is not None and connection is self._committing:
+        session = self._committing
+        if context.connection is None:  # there was no way to connect
+            self.note(error)
+        elif context.statement is not None:
+            self._committing = None  # a flush failed, so that no COMMIT was sent
+            if context.is_disconnect and context.statement.startswith(_TWO_PHASES):
+                self.unknown = True
+                return True
+            self.note(error)
+        elif session is not None:
             self._committing = None
-            if _is_refusal(context):
-                self.commits -= 1
-                self.note(error)
-                return False
-            self.unknown = True
-        elif connection is not None and connection is self._preparing and context.is_disconnect:
-            # In doubt: whoever finds it later may still commit it.
-            self.unknown = True
-        elif connection is None or context.statement is not None:
+            if not _is_refusal(context):
+                self.unknown = True
+                return True
+            if len(self._end(session) or ()) > 1:
+                self.commits += 1  # perhaps: the other connections of this Session
             self.note(error)
         # Else a rollback failed: that is a consequence.
-        return self.unknown
+        return False
 
     def note(self, error: BaseException) -> None:
         """Keep what this error says about the cause of the failure that it may lead to."""
@@ -298,6 +330,8 @@ class _Attempt:
             return "it is unknown whether its COMMIT took place"
         if self.commits:
             return "something was committed in it"
+        if self._loose:
+            return "it used a connection without a Session, which may have committed"
         return None
 
 
@@ -339,34 +373,48 @@ def _attempts() -> list[_Attempt]:
 
 
 def _listen() -> None:
-    """Hear of errors and commits from all engines: also from those that no registry knows."""
-    if event.contains(Engine, "commit", _on_commit):
+    """Hear of errors, commits and connections from everywhere, also from where no registry is.
+
+    Not by the events of connections, which tell of COMMIT: whoever listens to one of them slows
+    down every statement.
+    """
+    if event.contains(Session, "after_commit", _on_commit):
         return
     event.listen(Engine, "handle_error", _on_error)
-    event.listen(Engine, "begin", _on_begin)
-    event.listen(Engine, "prepare_twophase", _on_prepare)
-    event.listen(Engine, "commit_twophase", _on_commit_prepared)
-    event.listen(Engine, "commit", _on_commit)
+    event.listen(Pool, "checkout", _on_checkout)
+    event.listen(Session, "after_begin", _on_begin)
+    event.listen(Session, "before_commit", _before_commit)
     event.listen(Session, "after_soft_rollback", _on_rollback)
+    event.listen(Session, "after_commit", _on_commit)
 
 
-def _on_begin(connection: Connection) -> None:
+def _on_checkout(connection: object, _record: object, _proxy: object) -> None:
     for attempt in _attempts():
-        attempt.begin(connection)
+        attempt.check_out(connection)
 
 
-def _on_prepare(connection: Connection, _: object) -> None:
+def _on_begin(session: Session, _: object, connection: Connection) -> None:
     for attempt in _attempts():
-        attempt.prepare(connection)
+        attempt.begin(session, connection)
 
 
-def _on_commit(connection: Connection) -> None:
-    for attempt in _attempts():
-        attempt.commit(connection)
+def _before_commit(session: Session) -> None:
+    if not session.in_nested_transaction():
+        for attempt in _attempts():
+            attempt.start_commit(session)
 
 
-def _on_commit_prepared(connection: Connection, _xid: object, _is_prepared: bool) -> None:
-    _on_commit(connection)
+def _on_commit(session: Session) -> None:
+    if not session.in_nested_transaction():
+        for attempt in _attempts():
+            attempt.end_commit(session)
+
+
+def _on_rollback(session: Session, transaction: SessionTransaction) -> None:
+    if not transaction.nested:
+        error = sys.exc_info()[1]
+        for attempt in _attempts():
+            attempt.roll_back(session, error)
 
 
 def _on_error(context: ExceptionContext) -> None:
@@ -379,14 +427,6 @@ def _on_error(context: ExceptionContext) -> None:
             unknown[0].run.describe(),
             context.original_exception,
         )
-
-
-def _on_rollback(_session: Session, _transaction: object) -> None:
-    # A flush may fail with an error that is none of the database: StaleDataError.
-    error = sys.exc_info()[1]
-    if error is not None and not isinstance(error, DBAPIError):
-        for attempt in _attempts():
-            attempt.note(error)
 
 
 # -- outside of requests --------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from wsgi_dbsession import (
     current_scope,
     session_scope,
 )
-from wsgi_dbsession._scope import scopes_in_force
+from wsgi_dbsession._scope import SCOPE_CLASS, scopes_in_force
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -343,6 +343,25 @@ def test_a_request_carries_its_scope(sqlite_registry: scoped_session[Session]) -
     assert scope.environ is None
     assert not scope.in_step
     assert scope.registries == (sqlite_registry,)
+
+
+def test_a_registry_may_have_scopes_of_another_class(
+    sqlite_registry: scoped_session[Session],
+) -> None:
+    """For extras that look on: in a block, and in a request."""
+
+    class Watched(Scope):
+        pass
+
+    setattr(sqlite_registry, SCOPE_CLASS, Watched)
+    kinds: list[type[Scope]] = []
+    app = BODIES["list body"](Program(lambda: kinds.append(type(current_scope()))))
+
+    Server().run(SessionMiddleware(app, sqlite_registry), make_environ())
+    with session_scope(sqlite_registry) as scope:
+        kinds.append(type(scope))
+
+    assert kinds == [Watched, Watched]
 
 
 def test_the_scopes_in_force_are_found_from_the_innermost(

@@ -711,15 +711,18 @@ def test_an_error_of_the_application_is_not_answered(
 
 @pytest.mark.parametrize("commit_on", ["complete", "headers"])
 def test_a_commit_that_failed_in_write_cannot_become_a_success(
-    sqlite_registry: scoped_session[Session], commit_on: CommitOn
+    sqlite_database: Database, sqlite_registry: scoped_session[Session], commit_on: CommitOn
 ) -> None:
     """An application that catches the error out of write() and goes on fails all the same."""
+    hooks: list[str] = []
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         sqlite_registry.add(Book(author_id=7))
         write = start_response("200 OK", [("Content-Length", "3")])
         with pytest.raises(IntegrityError):
             write(b"one")
+        current_scope().on_commit(lambda: hooks.append("commit"))
+        flush_note(sqlite_registry, "after it")
         return [b"one"]
 
     server = Server()
@@ -727,7 +730,8 @@ def test_a_commit_that_failed_in_write_cannot_become_a_success(
     with pytest.raises(IntegrityError):
         server.run(SessionMiddleware(app, sqlite_registry, commit_on=commit_on), make_environ())
 
-    assert (server.starts, server.written) == ([], [])
+    assert (server.starts, server.written, hooks) == ([], [], [])
+    assert sqlite_database.notes() == []
 
 
 @pytest.mark.parametrize("commit_on", ["complete", "headers"])
@@ -1305,6 +1309,29 @@ def test_a_response_that_nobody_closes_leaves_nothing(
     committed = ["early"] if commit_on == "headers" else []
     assert sqlite_database.notes() == committed
     assert environ["wsgi_dbsession.scope"].environ is None
+
+
+def test_a_caught_error_keeps_no_unclosed_response(
+    sqlite_registry: scoped_session[Session],
+) -> None:
+    """One that lives on in a cycle keeps the frames of those who called; not the response."""
+
+    def early() -> None:
+        flush_note(sqlite_registry, "a")
+        try:
+            raise AppError
+        except AppError as error:
+            kept = error  # the error has this frame, and this frame has the error
+        assert kept is not None
+
+    app = SessionMiddleware(BODIES["unsized generator"](Program(early)), sqlite_registry)
+    gc.disable()
+    try:
+        next(iter(app(make_environ(), Server().start_response)))
+
+        assert_nothing_left(sqlite_registry)
+    finally:
+        gc.enable()
 
 
 def test_a_thousand_unclosed_responses_leave_no_memory(

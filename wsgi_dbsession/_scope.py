@@ -232,7 +232,8 @@ class Scope:
         innermost = _current.get()
         failing: Reason = "error"
         # The outcome and its hooks are this scope's, though the generator is in another block.
-        _current.set(self)
+        if innermost is not self:
+            _current.set(self)
         try:
             outcome, reason = self.decide(error, complete, veto)
             if outcome == "commit":
@@ -251,7 +252,8 @@ class Scope:
                     self._log_discarded()
                 self._roll_back(error, reason)
         finally:
-            _current.set(innermost)
+            if innermost is not self:
+                _current.set(innermost)
 
     def undecided(self) -> bool:
         """Say whether there is something that no outcome has covered yet."""

@@ -279,11 +279,8 @@ class Start:
 
     def is_answerable(self) -> bool:
         """Say whether ``commit_error`` can still answer: nothing of the body was handed on."""
-        return (
-            self.policy.commit_error is not None
-            and isinstance(self.failure, Exception)
-            and not self.sent
-        )
+        asked = self.policy.commit_error is not None
+        return asked and self.failure is not None and not self.sent
 
     def answer(self) -> Iterable[bytes]:
         """Let ``commit_error`` answer. Call it while the failure is handled, in no step."""

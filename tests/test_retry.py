@@ -60,9 +60,11 @@ def serializable(postgres_database: Database) -> Iterator[scoped_session[Session
 
 
 @pytest.fixture
-def plain() -> scoped_session[Session]:
+def plain() -> Iterator[scoped_session[Session]]:
     """A registry for what has nothing to do with the database."""
-    return registry_of(create_engine("sqlite://"))
+    engine = create_engine("sqlite://")
+    yield registry_of(engine)
+    engine.dispose()
 
 
 @pytest.fixture

@@ -509,18 +509,22 @@ STATUSES = (
 )
 STATEMENTS: tuple[Statement, ...] = (
     *("add", "insert") * 6,
-    *("add orphan", "read", "flush", "insert in savepoint", "fail in savepoint") * 2,
-    *("add invalid", "fail", "interrupt commit", "commit", "rollback", "remove"),
+    *("add orphan", "interrupt commit", "insert in savepoint", "fail in savepoint") * 2,
+    *("add invalid", "fail", "read", "flush", "commit", "rollback", "remove"),
 )
 SIMPLE: tuple[Act, ...] = (
     *(Do(statement, registry) for statement in STATEMENTS for registry in REGISTRIES),
+    # An error that the application takes for harmless, though it spoils the transaction.
+    *(Swallow((Do("add invalid", registry), Do("flush", registry))) for registry in REGISTRIES),
+    *(Swallow((Do("fail", registry),)) for registry in REGISTRIES),
     *(Hook(when) for when in OUTCOMES for _ in range(2)),
     *(Hook(when, then) for when in OUTCOMES for then in ("raise", "add", "register another")),
     *(Say("doom"), Say("keep")),
     *(Raise(Boom), Raise(Interruption)) * 2,
 )
 IN_CALL: tuple[Act, ...] = (
-    *(Write(0), Write(1), Write(2), Swallow((Write(1),))),
+    *(Write(0), Write(1), Write(2)),
+    *(Swallow((Write(1),)), Swallow((Do("add orphan"), Write(1)))),
     *(Answer("200 OK"), Answer("503 Sorry")),
 )
 BETWEEN: tuple[Act, ...] = (Hold(), Hold(), LetGo(), Answer("503 Sorry"))
@@ -536,7 +540,7 @@ def acts(depth: int, special: tuple[Act, ...] = ()) -> st.SearchStrategy[tuple[A
     kinds: list[st.SearchStrategy[Act]] = [simple] * 9
     kinds += [inner.map(lambda acts: Swallow(acts))] * 2
     if special:
-        kinds.append(st.sampled_from(special))
+        kinds += [st.sampled_from(special)] * 2
     if depth > 0:
         kinds += [
             inner.map(lambda acts: Block(acts)),

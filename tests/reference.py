@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+NOTHING = b"nothing"  # not even the end of the body, which is None
 ORPHAN = "orphan"
 INVALID = "invalid"
 
@@ -102,6 +103,7 @@ class Transaction:
 class Connected:
     """A Session: whether it has a transaction, and whether its next commit is interrupted."""
 
+    twophase: bool
     transaction: Transaction | None = None
     trap: bool = False
 
@@ -113,7 +115,10 @@ class Connected:
             self.trap = False
             raise Interruption
         transaction.flush()
-        if not transaction.aborted:
+        if transaction.aborted:
+            if self.twophase:
+                raise Refused  # what the first phase, like a COMMIT, has silently rolled back
+        else:
             if ORPHAN in transaction.rows:
                 raise Refused
             committed += transaction.rows
@@ -336,7 +341,7 @@ class Model:
         if statement == "remove":
             unit.sessions.pop(registry, None)
             return
-        session = unit.sessions.setdefault(registry, Connected())
+        session = unit.sessions.setdefault(registry, Connected(registry in self.setup.twophase))
         if statement == "interrupt commit":
             session.trap = True
         elif statement == "rollback":
@@ -406,6 +411,7 @@ class Reply:
         self.sent = 0
         self.result: Any = None
         self.blocks: Any = None
+        self.ahead: bytes | None = NOTHING  # a block that the server has not asked for yet
         self.complete = False
         self.over = False
 
@@ -481,49 +487,50 @@ class Reply:
             with self.step():
                 try:
                     self.result = app(self.environ, self.start_response)
-                    kind = self.environ["tests.plan"].body
-                    if kind not in FINISHED or self.setup.commit_on == "close":
+                    if self.setup.commit_on == "close":
                         return self
-                    self.unit.end(vetoes=self.vetoes)
-                    self.over = True
-                    self.hand_on_the_start()
-                except BaseException as error:
-                    self.over = True
-                    self.unit.end(error)
-                    raise
-        except Exception:
-            if not self.is_answerable():
-                raise
-            return self.answer()
-        result: Iterable[bytes] = self.result
-        return result
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        if self.over:
-            rest: bytes = next(self.blocks)
-            return rest
-        try:
-            with self.step():
-                try:
-                    block = self.advance()
-                    self.hand_on_the_start()
+                    if self.environ["tests.plan"].body in FINISHED:
+                        self.unit.end(vetoes=self.vetoes)
+                        self.over = True
+                        self.hand_on_the_start()
+                        finished: Iterable[bytes] = self.result
+                        return finished
+                    self.ahead = self.advance()  # some servers take the start when this returns
+                    return self
                 except BaseException as error:
                     self.finish(error)
                     raise
         except Exception:
             if not self.is_answerable():
                 raise
-            self.blocks = iter(self.answer())
-            return b"".join(self.blocks)
+            return self.answer()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        block, self.ahead = self.ahead, NOTHING
+        if block is NOTHING:
+            if self.over:
+                rest: bytes = next(self.blocks)
+                return rest
+            try:
+                with self.step():
+                    try:
+                        block = self.advance()
+                    except BaseException as error:
+                        self.finish(error)
+                        raise
+            except Exception:
+                if not self.is_answerable():
+                    raise
+                return b"".join(self.answer())
         if block is None:
             raise StopIteration
-        self.sent += len(block)
         return block
 
     def advance(self) -> bytes | None:
+        """Get a block from the application, settle if this is the moment, hand on the start."""
         if self.blocks is None:
             self.blocks = iter(self.result)
         block: bytes | None = next(self.blocks, None)
@@ -533,6 +540,8 @@ class Reply:
                 for _ in self.blocks:  # no body: the headers are the last moment
                     pass
         self.settle_if_this_is_the_moment(self.complete)
+        self.hand_on_the_start()
+        self.sent += len(block or b"")
         return block
 
     def write(self, block: bytes, /) -> None:
@@ -545,11 +554,10 @@ class Reply:
 
     def close(self) -> None:
         unsent = self.blocks is None and self.status is not None and self.size() == 0
+        self.ahead = NOTHING
         if not self.over:
             with self.step():
                 self.finish(complete=self.complete or unsent)
-        if unsent:
-            self.hand_on_the_start()
 
     def forgotten(self) -> None:
         """Be what the package notices by itself."""

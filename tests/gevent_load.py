@@ -192,7 +192,8 @@ def main() -> None:
         return
     engine = make_engine(options.url, pool_size=4)
     load = Load(engine, options.seed)
-    load.run()
+    with gevent.Timeout(60):
+        load.run()
     gc.collect()
     pool: Any = engine.pool
     result = {

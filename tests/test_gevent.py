@@ -23,7 +23,9 @@ DRIVERS = [
 ]
 
 
-def start(url: URL, driver: str, *arguments: str) -> subprocess.Popen[str]:
+def start(
+    url: URL, driver: str, *arguments: str, stderr: int | None = None
+) -> subprocess.Popen[str]:
     target = url.set(drivername=f"postgresql+{driver}")
     return subprocess.Popen(
         [
@@ -32,7 +34,7 @@ def start(url: URL, driver: str, *arguments: str) -> subprocess.Popen[str]:
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,  # a pipe that nobody empties would stop it
         text=True,
     )
 
@@ -45,7 +47,7 @@ def test_killed_and_timed_out_greenlets_leave_nothing_wrong(
     with start(postgres_database.url, driver, "7") as process:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert line, process.communicate()
+        assert line, "it failed, see its standard error"
         result: dict[str, Any] = json.loads(line)
         # What is still busy is a statement whose connection was thrown away.
         postgres_admin.wait_for(0, "active")
@@ -83,7 +85,8 @@ def test_a_plain_rollback_would_not_be_enough(postgres_url: URL) -> None:
 
     psycopg is no witness: it refuses the rollback while a statement is under way.
     """
-    with start(postgres_url, "pg8000", "1", "--once", "--plain-rollback") as process:
+    arguments = ("--once", "--plain-rollback")
+    with start(postgres_url, "pg8000", "1", *arguments, stderr=subprocess.PIPE) as process:
         output, errors = process.communicate()
 
     assert process.returncode == 1

@@ -293,6 +293,7 @@ class Start:
         failure = self.failure
         if exc_info is None and self.released and failure is not None:
             # The server has a start, with headers that it has not sent: they can be replaced.
+            # The annotation wants a traceback; an error that was raised has one.
             exc_info = (type(failure), failure, failure.__traceback__)  # type: ignore[assignment]
         if exc_info is None:
             return self._server(status, headers)

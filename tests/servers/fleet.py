@@ -305,6 +305,8 @@ class Running:
             words = [
                 *["setpriv", "--reuid", "www-data", "--regid", "www-data", "--clear-groups"],
                 *["--inh-caps", "+dac_override", "--ambient-caps", "+dac_override"],
+                # access() asks capabilities too: the checkout may be in a folder of root's own.
+                *["--securebits", "+no_setuid_fixup"],
                 *words,
             ]
             shutil.chown(self.root, "www-data", "www-data")

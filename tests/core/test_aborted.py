@@ -37,7 +37,7 @@ def test_a_swallowed_error_does_not_become_a_success(
     if driver_registry.session_factory.kw["bind"].driver != "pg8000":  # it raises itself
         assert "with Session.begin_nested()" in str(caught.value)
         assert "Session.rollback()" in str(caught.value)
-    assert (scope.outcome, scope.reason) == ("rollback", "commit failed")
+    assert (scope.outcome, scope.reason) == ("rollback", "rolled back")
     assert postgres_database.notes() == []
 
 

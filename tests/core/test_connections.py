@@ -139,7 +139,7 @@ def test_a_connection_dropped_during_the_commit_is_not_called_a_rollback(
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("wsgi_dbsession", logging.ERROR)
     assert record.getMessage().startswith(
-        "POST /notes: the connection broke during the commit, nobody knows if it took place: "
+        "POST /notes: connection lost during COMMIT, outcome unknown: "
     )
 
 
@@ -156,6 +156,4 @@ def test_a_connection_dropped_before_the_flush_of_the_commit_is_a_rollback(
     assert post(registry, late=drop) == "500"
 
     (record,) = caplog.records
-    assert record.getMessage().startswith(
-        "POST /notes: the commit failed, everything is rolled back: "
-    )
+    assert record.getMessage().startswith("POST /notes: commit failed, rolled back: ")

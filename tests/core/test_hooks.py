@@ -99,7 +99,7 @@ def test_an_error_in_a_hook_is_logged_only(
     assert calls == ["next"]
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("wsgi_dbsession", logging.ERROR)
-    assert record.getMessage() == f"a hook failed after the {outcome}: {fail!r}"
+    assert record.getMessage() == f"session_scope: a hook failed after the {outcome}: {fail!r}"
     assert record.exc_info is not None
     assert record.exc_info[0] is AppError
 

@@ -74,7 +74,7 @@ def test_writes_that_a_veto_discards_are_logged(
 
     Server().run(app, make_environ(method, "/notes", SCRIPT_NAME="/app"))
 
-    line = f"{method} /app/notes: what it wrote is rolled back because of its status; "
-    line += "scope.keep() commits in spite of that"
+    line = f"{method} /app/notes: discarding uncommitted changes: status 404; "
+    line += "scope.keep() commits them"
     expected = [("wsgi_dbsession", logging.INFO, line)] if logged else []
     assert caplog.record_tuples == expected

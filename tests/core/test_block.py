@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session, scoped_session
 
+pytestmark = pytest.mark.promise("blocks")
+
 
 def test_a_block_is_committed_at_its_end(
     database: Database, registry: scoped_session[Session]
@@ -282,6 +284,7 @@ async def async_generator_function() -> AsyncIterator[None]:
     yield
 
 
+@pytest.mark.promise("constructors")
 @pytest.mark.parametrize(
     "function",
     [

@@ -19,6 +19,8 @@ from wsgi_dbsession import session_scope
 if TYPE_CHECKING:
     Registry = scoped_session[Session]
 
+pytestmark = pytest.mark.promise("cleanup")
+
 
 def write(*registries: Registry) -> None:
     for registry in registries:
@@ -92,6 +94,7 @@ def test_an_interrupted_rollback_propagates(two: tuple[Registry, Registry]) -> N
     assert_nothing_left(*two)
 
 
+@pytest.mark.promise("first error")
 def test_the_first_error_beats_an_interrupted_rollback(two: tuple[Registry, Registry]) -> None:
     """The error of the block propagates."""
     event.listen(two[0].session_factory, "after_rollback", raise_kill)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Registry = scoped_session[Session]
     MakeRegistry = Callable[..., Registry]
 
+pytestmark = pytest.mark.promise("dropped connections")
+
 
 @pytest.fixture
 def make(postgres_database: Database) -> Iterator[MakeRegistry]:

@@ -52,7 +52,7 @@ def run(url: URL, fork: str, *scenes: str) -> Any:
     return json.loads(result.stdout)
 
 
-pytestmark = pytest.mark.xdist_group("fork")
+pytestmark = [pytest.mark.xdist_group("fork"), pytest.mark.promise("forks")]
 
 
 @pytest.mark.parametrize("fork", ["os.fork", "multiprocessing", "C"])

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from wsgi_dbsession._response import CommitOn
 
+pytestmark = pytest.mark.promise("log")
+
 
 @pytest.mark.parametrize("commit_on", ["complete", "headers", "close"])
 @pytest.mark.parametrize("body", BODIES)
@@ -47,6 +49,7 @@ def test_the_normal_way_logs_nothing(
     assert caplog.record_tuples == []
 
 
+@pytest.mark.promise("no silent loss")
 @pytest.mark.parametrize(
     ("method", "work", "logged"),
     [

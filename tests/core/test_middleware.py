@@ -63,6 +63,7 @@ def write_note(registry: scoped_session[Session], note: str) -> WSGIApplication:
 # -- construction ---------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("constructors")
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
@@ -115,12 +116,14 @@ def test_a_wrong_argument_is_refused(
         SessionMiddleware(app, registry, **arguments)
 
 
+@pytest.mark.promise("constructors")
 def test_a_middleware_needs_a_registry() -> None:
     """None at all is refused, with the fix."""
     with pytest.raises(ValueError, match=r"registries must not be empty\. .*scoped_session\("):
         SessionMiddleware(hello)
 
 
+@pytest.mark.promise("constructors")
 def test_a_session_in_place_of_the_application_is_refused() -> None:
     """The application comes first: a registry alone is callable, too."""
     registry = scoped_session(sessionmaker(), scopefunc=current_scope)
@@ -137,6 +140,7 @@ def test_the_application_can_be_reached(sqlite_registry: scoped_session[Session]
 # -- requests -------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("unused")
 def test_a_request_costs_nothing_that_it_does_not_use(
     sqlite_database: Database, sqlite_registry: scoped_session[Session]
 ) -> None:
@@ -167,6 +171,7 @@ def test_a_request_works_and_is_committed(
     assert database.notes() == ["a"]
 
 
+@pytest.mark.promise("unused")
 def test_a_request_that_is_skipped_passes_untouched(
     sqlite_registry: scoped_session[Session],
 ) -> None:
@@ -208,6 +213,7 @@ def test_a_request_that_is_not_skipped_has_a_scope(
 # -- the veto -------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("veto")
 @pytest.mark.parametrize(
     ("status", "vetoed"),
     [
@@ -225,6 +231,7 @@ def test_the_default_veto_is_for_errors(status: str, vetoed: bool) -> None:
     assert default_commit_veto({}, status, []) is vetoed
 
 
+@pytest.mark.promise("veto")
 @pytest.mark.parametrize("commit_on", ["complete", "headers", "close"])
 @pytest.mark.parametrize("body", BODIES)
 def test_a_veto_is_asked_with_environ_status_and_headers(
@@ -266,6 +273,7 @@ def test_without_a_veto_every_status_is_committed(
     assert sqlite_database.notes() == ["a"]
 
 
+@pytest.mark.promise("veto")
 @pytest.mark.parametrize("body", BODIES)
 def test_a_veto_that_raises_rolls_back_and_raises(
     sqlite_database: Database, sqlite_registry: scoped_session[Session], body: str
@@ -296,6 +304,7 @@ def test_a_veto_that_raises_rolls_back_and_raises(
 # -- nesting --------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("nested middleware")
 @pytest.mark.parametrize("status", ["200 OK", "404 Not Found"])
 def test_the_outermost_middleware_decides(
     sqlite_database: Database, sqlite_registry: scoped_session[Session], status: str
@@ -325,6 +334,7 @@ def test_the_outermost_middleware_decides(
     assert sqlite_database.notes() == (["inner", "outer"] if committed else [])
 
 
+@pytest.mark.promise("nested middleware")
 @pytest.mark.parametrize("status", ["200 OK", "404 Not Found"])
 def test_the_outermost_middleware_ends_the_sessions_of_the_inner(
     sqlite_database: Database,
@@ -347,6 +357,7 @@ def test_the_outermost_middleware_ends_the_sessions_of_the_inner(
     other.session_factory.kw["bind"].dispose()
 
 
+@pytest.mark.promise("in-process requests")
 def test_a_request_within_a_request_has_a_scope_of_its_own(
     postgres_database: Database, postgres_registry: scoped_session[Session]
 ) -> None:
@@ -373,6 +384,7 @@ def test_a_request_within_a_request_has_a_scope_of_its_own(
     assert postgres_database.notes() == ["inner"]
 
 
+@pytest.mark.promise("in-process requests")
 def test_a_request_within_a_block_has_a_scope_of_its_own(
     postgres_database: Database, postgres_registry: scoped_session[Session]
 ) -> None:

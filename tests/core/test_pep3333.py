@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from wsgi_dbsession._response import CommitOn
 
+pytestmark = pytest.mark.promise("PEP 3333")
+
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("commit_on", MOMENTS)
@@ -65,6 +67,7 @@ def test_the_validator_has_no_complaint_about_an_answer(
     assert (reply.status, reply.body, reply.errors) == ("503 Service Unavailable", b"sorry", [])
 
 
+@pytest.mark.promise("finished bodies")
 @pytest.mark.parametrize("body", ["list body", "tuple body", "file wrapper"])
 def test_a_finished_body_reaches_the_server_unwrapped(
     sqlite_registry: scoped_session[Session], body: str
@@ -105,6 +108,7 @@ def generate_file(file: io.BytesIO, size: int = 8192) -> Iterator[bytes]:
     yield from FileWrapper(file, size)
 
 
+@pytest.mark.promise("finished bodies")
 @pytest.mark.parametrize(
     ("file_wrapper", "unwrapped"),
     [
@@ -431,6 +435,7 @@ def test_a_body_that_cannot_be_iterated_over_is_closed(
     assert body.closed == 1
 
 
+@pytest.mark.promise("first error")
 @pytest.mark.parametrize("first", [AppError, Kill], ids=["an error", "an interruption"])
 @pytest.mark.parametrize("second", [ValueError, SystemExit], ids=["an error", "an interruption"])
 def test_the_first_error_beats_that_of_the_close(

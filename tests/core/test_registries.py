@@ -14,6 +14,8 @@ from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.promise("constructors")
+
 
 def session_class() -> scoped_session[Session]:
     return scoped_session(cast("Any", Session), scopefunc=current_scope)

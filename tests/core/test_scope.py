@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
 
 
+@pytest.mark.promise("no scope")
 @pytest.mark.parametrize("fix", ["SessionMiddleware(app, Session)", "with session_scope(Session)"])
 def test_no_scope_says_what_to_do(sqlite_registry: scoped_session[Session], fix: str) -> None:
     """Outside of any scope a Session is refused, and the message names the fix."""
@@ -24,6 +25,7 @@ def test_no_scope_says_what_to_do(sqlite_registry: scoped_session[Session], fix:
     assert fix in str(caught.value)
 
 
+@pytest.mark.promise("unused")
 def test_a_scope_without_work_costs_nothing(
     database: Database, registry: scoped_session[Session]
 ) -> None:
@@ -36,6 +38,7 @@ def test_a_scope_without_work_costs_nothing(
     assert database.engine.pool.status().startswith("Pool size: 5  Connections in pool: 0 ")
 
 
+@pytest.mark.promise("requests do not meet")
 def test_a_scope_has_one_session_and_its_own(sqlite_registry: scoped_session[Session]) -> None:
     """The Session is the same within a scope, and another in the next."""
     with session_scope(sqlite_registry):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     Registry = scoped_session[Session]
 
+pytestmark = pytest.mark.promise("several registries")
+
 
 def test_several_registries_share_the_commit(
     two: tuple[Registry, Registry], postgres_database: Database, other_postgres_database: Database

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from tests.support.models import Database
     from wsgi_dbsession._response import CommitOn
 
+pytestmark = pytest.mark.promise("unclosed")
+
 
 @pytest.mark.parametrize("commit_on", MOMENTS)
 @pytest.mark.parametrize("body", BLOCK_BY_BLOCK)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from tests.support import postgres
 
+pytestmark = pytest.mark.promise("as in production")
+
 
 # -- it fails as in production --------------------------------------------------------------------
 

@@ -187,6 +187,7 @@ def test_a_fixture_may_name_the_registries(shop: pytest.Pytester) -> None:
     assert rows(shop) == 0
 
 
+@pytest.mark.promise("constructors")
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -207,6 +208,7 @@ def test_a_wrong_configuration_is_explained(
     result.stdout.fnmatch_lines([f"*{complaint}*"])
 
 
+@pytest.mark.promise("leaks")
 def test_a_leak_fails_its_test_and_no_other(shop: pytest.Pytester) -> None:
     """The report names the line of the test, without a traceback of the plugin."""
     shop.makepyfile(
@@ -237,6 +239,7 @@ def test_a_leak_fails_its_test_and_no_other(shop: pytest.Pytester) -> None:
     assert rows(shop) == 0
 
 
+@pytest.mark.promise("nothing remains")
 @pytest.mark.parametrize("database", ["one file for each worker", "one PostgreSQL for all"])
 def test_workers_of_xdist_do_not_disturb_each_other(
     shop: pytest.Pytester,

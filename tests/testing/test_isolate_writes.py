@@ -6,10 +6,10 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, func, insert, select, text
+from sqlalchemy import Engine, create_engine, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
-from tests.support.models import Base, Database, Note
+from tests.support.models import Base, Database, Note, make_engine
 from tests.support.wsgi import make_registry
 from tests.testing.applications import add, notes, problem
 from wsgi_dbsession import session_scope
@@ -183,6 +183,48 @@ def test_what_only_reads_undoes_nothing(registry: Registry, read: Work) -> None:
             add(registry, "c")
             scope.doom()
         assert notes(registry) == ["a", "b", "c"]
+
+
+@each_write
+def test_a_connection_knows_what_it_has_written(registry: Registry, write: Work) -> None:
+    """Of its own transaction, whatever others have written."""
+    with isolate(registry):
+        _make_function(registry)
+        with session_scope(registry):
+            connection: Any = registry.connection()
+            add(registry, "audit")
+            registry.scalars(select(Note)).all()
+            assert not connection.has_written()
+            savepoint = registry.begin_nested()
+            write(registry)
+            assert connection.has_written()
+            savepoint.rollback()
+            assert not connection.has_written()
+            write(registry)
+            assert connection.has_written()
+            registry.rollback()
+            assert not connection.has_written()
+
+
+def test_a_server_that_counts_no_rows_is_asked_for_locks(postgres_database: Database) -> None:
+    """Each savepoint that has written holds one."""
+    engine = make_engine(postgres_database.url)
+
+    @event.listens_for(engine, "connect")
+    def _(driver: Any, record: object) -> None:
+        driver.execute("SET track_counts = off")
+        driver.commit()
+
+    registry = make_registry(engine)
+    with problem("has undone what"), isolate(registry):
+        _make_function(registry)
+        for work in (_look, _by_a_function):
+            with session_scope(registry) as scope:
+                work(registry)
+                add(registry, "audit")
+                scope.doom()
+            assert notes(registry) == ["audit"]
+    engine.dispose()
 
 
 def test_a_failed_transaction_is_rolled_back(postgres_database: Database) -> None:

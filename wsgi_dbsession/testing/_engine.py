@@ -154,6 +154,13 @@ class IsolatedConnection(Connection):
         """Set options, but those of a transaction: the outer one has begun."""
         return super().execution_options(**_without_fixed(opt))
 
+    def has_written(self) -> bool:
+        """Return whether its transaction has written something that was not rolled back.
+
+        The database would answer for all transactions of the isolation.
+        """
+        return self.shared.has_written(self.isolated)
+
     def invalidate(self, exception: BaseException | None = None) -> None:
         """Lose the shared connection if it is broken; a rollback follows in any case."""
         # With no exception it is a caution after an interruption. A statement that really was

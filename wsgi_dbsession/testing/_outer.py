@@ -25,12 +25,17 @@ _SERVER_STATUS_IN_TRANS = 1
 _BEGIN_LATE = ("sqlite", "mysql", "mariadb")
 
 _SETTING = "wsgi_dbsession.isolation"
+# Where rows are not counted: each savepoint that has written or locked a row has such a lock.
 _ROWS_WRITTEN = """
-    SELECT sum(
-        pg_stat_get_xact_tuples_inserted(oid) + pg_stat_get_xact_tuples_updated(oid)
-        + pg_stat_get_xact_tuples_deleted(oid)
-    )
-    FROM pg_class WHERE relkind IN ('r', 'm', 't')
+    SELECT CASE WHEN current_setting('track_counts') = 'on' THEN (
+        SELECT sum(
+            pg_stat_get_xact_tuples_inserted(oid) + pg_stat_get_xact_tuples_updated(oid)
+            + pg_stat_get_xact_tuples_deleted(oid)
+        )
+        FROM pg_class WHERE relkind IN ('r', 'm', 't')
+    ) ELSE (
+        SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'transactionid'
+    ) END
 """
 
 

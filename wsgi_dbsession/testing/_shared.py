@@ -287,6 +287,13 @@ class SharedConnection:
                 self._switch(transaction)
                 self._doubt(transaction)
 
+    def has_written(self, transaction: IsolatedTransaction) -> bool:
+        """Return whether it has written something that was not rolled back."""
+        with self._turn, self.working(transaction):
+            if self._is_usable():
+                self._count()
+            return transaction.is_open and self.savepoints.wrote(transaction)
+
     def lose(self) -> None:
         """Remember that the connection is broken."""
         self.loss = self.loss or _LOST

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_GAP = r"(?:\s|/\*.*?\*/|--[^\n]*(?:\n|$))"
+# Each in one way only: else many comments take a long time.
+_GAP = r"(?:\s|/\*(?:[^*]|\*(?!/))*\*/|--[^\n]*(?:\n|$))"
 
-_ENDING = re.compile(r"COMMIT|END|ABORT|ROLLBACK|PREPARE", re.IGNORECASE)
+_ENDING = re.compile(r"\b(?:COMMIT|END|ABORT|ROLLBACK|PREPARE)\b", re.IGNORECASE)
 _ENDS = re.compile(
     r"\s*(?:COMMIT|END|ABORT|PREPARE\s+TRANSACTION|ROLLBACK(?!\s+(?:\w+\s+)?TO\b))\b",
     re.IGNORECASE,

@@ -169,7 +169,6 @@ class SharedConnection:
                 with self._noticing():
                     self.savepoints.undo(self.savepoints.stack[-1])
                 self.savepoints.stack[-1].failed = True
-                self._active = None
             self._pause()
             transaction.began = self.savepoints.set(transaction)
             transaction.is_open = True
@@ -328,6 +327,7 @@ class SharedConnection:
             self._pause(ending=owner)
             self._undo(savepoint)
             owner.settings = savepoint.settings
+            self._switch(owner)
 
     def _undo(self, savepoint: Savepoint) -> None:
         with self._noticing():

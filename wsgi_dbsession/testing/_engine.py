@@ -65,9 +65,9 @@ class IsolatedConnection(Connection):
         super().__init__(
             engine, self.shared.driver_connection(), _has_events=False, _allow_revalidate=False
         )
+        event.listen(self, "before_cursor_execute", _before_cursor_execute)
         dispatch: Any = self.dispatch
         self.dispatch = dispatch._join(engine.dispatch)
-        event.listen(self, "before_cursor_execute", _before_cursor_execute)
 
     @property
     def connection(self) -> PoolProxiedConnection:

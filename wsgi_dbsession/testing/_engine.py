@@ -78,7 +78,7 @@ class IsolatedConnection(Connection):
 
     def _begin_impl(self, transaction: RootTransaction) -> None:
         self._begin()
-        # In SQLAlchemy's recipe for SQLite, it is a listener of this event who sends the BEGIN.
+        # In SQLAlchemy's recipe for SQLite, a listener of this event sends the BEGIN.
         if self.dialect.name != "sqlite":
             self._is_beginning = True
             try:
@@ -135,7 +135,7 @@ class IsolatedConnection(Connection):
     def _execute_context(
         self, dialect: Any, constructor: Any, statement: Any, *arguments: Any, **options: Any
     ) -> Any:
-        # No listener of "before_cursor_execute": that comes when a cursor has been made already.
+        # Not in a listener of "before_cursor_execute", which is called with a cursor.
         if self.get_transaction() is None and not self.isolated.is_open:
             self.begin()
         with self.shared.working(self.isolated):
@@ -163,8 +163,8 @@ class IsolatedConnection(Connection):
 
     def invalidate(self, exception: BaseException | None = None) -> None:
         """Lose the shared connection if it is broken; a rollback follows in any case."""
-        # With no exception it is a caution after an interruption. A statement that really was
-        # interrupted comes here by itself, with its exception.
+        # Without an exception, it is a precaution after an interruption: a statement that was
+        # interrupted calls this itself, with its exception.
         if exception is not None:
             self.shared.lose()
             super().invalidate(exception)

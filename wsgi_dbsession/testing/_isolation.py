@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def isolate(*registries: scoped_session[Any], wait: float = 5) -> Generator[list[Recorded]]:
-    """Undo in the end whatever is done in the block.
+    """Roll back at the end whatever is done in the block.
 
     ::
 
@@ -45,7 +45,7 @@ def isolate(*registries: scoped_session[Any], wait: float = 5) -> Generator[list
     as in production. In an isolation inside of another one, the inner one's work is undone first.
 
     :param registries: the application's ``scoped_session`` objects.
-    :param wait: for how many seconds a transaction of another thread waits for its turn.
+    :param wait: how many seconds a transaction of another thread waits for its turn.
     :return: the outcomes of the scopes, see :func:`record_outcomes`.
     :raises TypeError: see :class:`wsgi_dbsession.session_scope`; or if a registry is bound to a
         Connection.
@@ -124,7 +124,7 @@ def _abandon(scope: Scope) -> None:
             scope.end(complete=False)
         finally:
             scope.leave_block()
-    # Else it is at work in another thread or generator, and finds its connection gone.
+    # Else it is active in another thread or generator, and its next statement raises.
 
 
 def _is_outside(registry: scoped_session[Any]) -> bool:
@@ -146,9 +146,9 @@ class Isolation:
 
     @contextlib.contextmanager
     def open_scope(self, registries: tuple[scoped_session[Any], ...]) -> Generator[Scope]:
-        """Open a scope for the test itself. It is rolled back, as nothing can look at it later.
+        """Open a scope for the test itself, and roll it back.
 
-        So it matters to no one if that undoes what requests have committed meanwhile.
+        If that undoes what requests have committed, it is not reported: the test is over.
         """
         with session_scope(*registries) as scope:
             try:
@@ -264,5 +264,5 @@ class Isolation:
 
 
 def _restore(factory: sessionmaker[Any], bound: dict[str, Any], before: dict[str, Any]) -> None:
-    # The application may have configured it anew meanwhile.
+    # Not what the application has configured itself meanwhile.
     factory.configure(**{k: v for k, v in before.items() if factory.kw.get(k) is bound[k]})

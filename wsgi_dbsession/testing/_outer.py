@@ -1,4 +1,4 @@
-"""The outer transaction of an isolation, on a connection of its own, and what is known of it."""
+"""The outer transaction of an isolation, on its own connection, and its state."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sqlalchemy import Connection, func, select
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-# What libpq says (PQTRANS_IDLE, PQTRANS_INERROR), as psycopg and psycopg2 show it, and what the
-# protocol says, as pg8000 keeps it.
+# PQTRANS_IDLE and PQTRANS_INERROR of libpq, as psycopg and psycopg2 show them, and the status of
+# PostgreSQL's protocol, as pg8000 keeps it.
 _NONE = (0, b"I")
 _ABORTED = (3, b"E")
 
@@ -20,7 +20,7 @@ _ABORTED = (3, b"E")
 _SERVER_STATUS_IN_TRANS = 1
 
 # Left to itself, sqlite3 begins before the first INSERT, UPDATE or DELETE: a savepoint before that
-# would be a transaction of its own. See "Transactions with SQLite and the sqlite3 driver" in
+# would be a transaction itself. See "Transactions with SQLite and the sqlite3 driver" in
 # SQLAlchemy's documentation. MySQL begins with the first access to a table.
 _BEGIN_LATE = ("sqlite", "mysql", "mariadb")
 
@@ -43,7 +43,8 @@ class OuterTransaction:
     """A transaction that is never committed."""
 
     def __init__(self, engine: Engine) -> None:
-        # Without events, so that listeners see neither our statements nor a second BEGIN.
+        # Without events, so that listeners are called neither for our statements nor for a second
+        # BEGIN.
         self.connection = Connection(engine, _has_events=False)
         self._began = False
 
@@ -60,7 +61,7 @@ class OuterTransaction:
         self._began = self._dialect in _BEGIN_LATE and self.has_ended()
         if self._began:
             connection.exec_driver_sql("BEGIN")
-        # A setting that a COMMIT keeps and a ROLLBACK undoes: it tells afterwards which it was.
+        # A COMMIT keeps this setting and a ROLLBACK undoes it, see was_committed().
         if is_sqlite:
             connection.exec_driver_sql("PRAGMA temp.user_version = 1")
         elif self._dialect == "postgresql":

@@ -108,7 +108,7 @@ class Savepoints:
         :param aborted: whether PostgreSQL accepts nothing but a rollback.
         """
         if savepoint not in self.stack:
-            return  # undone already, by what it lay in
+            return  # undone already, with a savepoint around it
         inner = self.stack[self.stack.index(savepoint) :]
         writers = set[IsolatedTransaction]().union(*(each.writers for each in inner))
         if not writers or savepoint.owner in writers or aborted:
@@ -164,10 +164,10 @@ class Savepoints:
         self._move_readers()
 
     def _move_readers(self) -> None:
-        """Let those who have only read begin anew, after what others have committed.
+        """Set the savepoints of those who have only read again, after what others have committed.
 
-        Their rollback must not undo it: an open transaction of the test's own, which has read
-        something, is the usual case.
+        Their rollback must not undo it. The usual case is an open transaction of the test itself,
+        which has read something.
         """
         first = len(self.stack)
         writers: set[IsolatedTransaction] = set()

@@ -1,4 +1,4 @@
-"""The settings that a transaction makes for itself: ``SET LOCAL``, and its like in SQLite.
+"""The settings that a transaction makes for itself: ``SET LOCAL``, and the one of SQLite.
 
 They outlast the release of a savepoint, so each transaction gets its own whenever it goes on.
 """
@@ -24,7 +24,7 @@ _BODIES = """
         AND (prosrc ILIKE '%set_config%' OR prosrc ILIKE '%local%')
 """
 
-# They decide who may make the other settings.
+# The other settings depend on them: a role must be allowed to make a setting.
 _ROLES = ("session_authorization", "role")
 
 

@@ -1,9 +1,9 @@
 """The connection that all Sessions share: one transaction outside, a savepoint for each of theirs.
 
-It is what "Joining a Session into an External Transaction" in SQLAlchemy's documentation does with
-``join_transaction_mode="create_savepoint"``, for Sessions that end in any order: there, each has
-to end before the one that began before it does. So each Session gets a Connection of its own, on
-the same connection of the driver, and what it takes for a transaction is a savepoint here.
+"Joining a Session into an External Transaction" in SQLAlchemy's documentation does the same with
+``join_transaction_mode="create_savepoint"``. There, transactions have to end in reverse order.
+Here they end in any order: each Session gets its own Connection, on the same connection of the
+driver, and what it takes for a transaction is a savepoint.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _INSTEAD = (
 
 
 class _Thread(threading.local):
-    """What a thread is at."""
+    """What a thread works on."""
 
     worker: object = None
 
@@ -63,7 +63,7 @@ class SharedConnection:
 
     def __init__(self, engine: Engine, wait: float) -> None:
         self.loss: str | None = None
-        """What has become of the outer transaction, if it was not to be."""
+        """How the outer transaction was lost, if it was."""
 
         self._wait = wait
         self._turn = threading.Condition()
@@ -88,9 +88,9 @@ class SharedConnection:
 
     @contextlib.contextmanager
     def working(self, worker: object) -> Generator[None]:
-        """Use the driver's connection. What the collector rolls back meanwhile has to wait.
+        """Use the driver's connection. A rollback by the garbage collector is put off meanwhile.
 
-        It may close a forgotten response in the midst of a statement on this same connection.
+        It may close a forgotten response in the middle of a statement on this same connection.
         """
         here = self._here
         if here.worker is not None:  # a listener's statement, within the one that it listens to
@@ -148,7 +148,7 @@ class SharedConnection:
             else:
                 self._outer.discard()
 
-    # -- what Connections ask for -----------------------------------------------------------------
+    # -- for Connections --------------------------------------------------------------------------
 
     def driver_connection(self) -> Any:
         """Return the pool's connection.
@@ -202,7 +202,7 @@ class SharedConnection:
             self._leave(transaction)
 
     def rollback(self, transaction: IsolatedTransaction) -> None:
-        """Roll back, now or after the statement that this thread is in the midst of."""
+        """Roll back, now or after the statement that this thread executes."""
         if self._here.worker not in (None, transaction):
             self._late.append(functools.partial(self._roll_back, transaction))
             return
@@ -244,7 +244,7 @@ class SharedConnection:
         if transaction.undone is not None:
             raise RuntimeError(transaction.undone)
         if self.savepoints.has_failed(transaction):
-            msg = "a statement failed in this transaction: roll it back before you go on"
+            msg = "a statement failed in this transaction: call Session.rollback() to go on"
             raise exc.PendingRollbackError(msg)
 
     def before_statement(self, transaction: IsolatedTransaction, statement: Any) -> None:
@@ -280,7 +280,7 @@ class SharedConnection:
             self._check_outer()
 
     def before_driver(self, transaction: IsolatedTransaction) -> None:
-        """Expect anything, for the application takes the driver's connection."""
+        """Expect writes of the application on the driver's connection."""
         with self._turn, self.working(transaction):
             if transaction.is_open and self.loss is None:
                 self._switch(transaction)
@@ -336,7 +336,7 @@ class SharedConnection:
     # -- who does what; call these with the lock held ---------------------------------------------
 
     def _switch(self, transaction: IsolatedTransaction) -> None:
-        """Let a transaction go on after others: with its settings, and on its own account."""
+        """Switch to a transaction after others: restore its settings, count its writes."""
         if self._active is not transaction:
             self._pause()
             if not self._outer.is_aborted():
@@ -344,7 +344,7 @@ class SharedConnection:
             self._active = transaction
 
     def _pause(self, *, ending: IsolatedTransaction | None = None) -> None:
-        """Keep what has to be known of the transaction that was active."""
+        """Keep the writes, settings and violations of the transaction that was active."""
         self._count()
         active, self._active = self._active, None
         if active in (None, ending) or not active.is_open:
@@ -360,7 +360,7 @@ class SharedConnection:
         self._unsure = self._written = None
 
     def _doubt(self, transaction: IsolatedTransaction) -> None:
-        """Find out later whether it has written: by a function, or with the driver's own means."""
+        """Find out later whether it has written: by a function, or on the driver's connection."""
         if transaction not in self.savepoints.stack[-1].writers and self._unsure is None:
             if self._written is None and not self._outer.is_aborted():
                 self._written = self._outer.rows_written()
@@ -404,14 +404,17 @@ class SharedConnection:
         if self._over:
             raise RuntimeError(_OVER)
         if os.getpid() != self._pid:
-            msg = "a forked process cannot use the isolation, which is its parent's connection"
+            msg = (
+                "a forked process must not use the connection of its parent's isolation: begin an "
+                "isolation in the child"
+            )
             raise RuntimeError(msg)
         if threading.get_ident() != self._thread and isinstance(
             self._outer.connection.engine.pool, SingletonThreadPool
         ):
             msg = (
-                "this is an in-memory SQLite database, of which every thread has its own: "
-                'share it by create_engine("sqlite://", poolclass=StaticPool, '
+                "each thread has its own in-memory SQLite database: share one by "
+                'create_engine("sqlite://", poolclass=StaticPool, '
                 'connect_args={"check_same_thread": False})'
             )
             raise RuntimeError(msg)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Each in one way only: else many comments take a long time.
+# Unambiguous, or a text with many comments would take exponential time.
 _GAP = r"(?:\s|/\*(?:[^*]|\*(?!/))*\*/|--[^\n]*(?:\n|$))"
 
 _ENDING = re.compile(r"\b(?:COMMIT|END|ABORT|ROLLBACK|PREPARE)\b", re.IGNORECASE)
@@ -16,7 +16,7 @@ _ENDS = re.compile(
     r"\s*(?:COMMIT|END|ABORT|PREPARE\s+TRANSACTION|ROLLBACK(?!\s+(?:\w+\s+)?TO\b))\b",
     re.IGNORECASE,
 )
-# Their bodies have semicolons, and an END of their own.
+# Their bodies have semicolons, and their own END.
 _COMPOUND = re.compile(
     r"\s*CREATE\b[^;]*\b(?:TRIGGER|FUNCTION|PROCEDURE|EVENT|RULE)\b", re.IGNORECASE
 )
@@ -48,7 +48,7 @@ _SET_CONFIG = re.compile(
 )
 _IS_NAME = re.compile(_NAME)
 
-# Settings that SET knows by other words than their names.
+# Words of SET that are not the names of settings.
 _WORDS = {
     "time zone": "timezone",
     "session authorization": "session_authorization",
@@ -100,7 +100,7 @@ def local_settings(text: str, parameters: object = None) -> set[str]:
                 for value in values
                 if isinstance(value, str) and _IS_NAME.fullmatch(value)
             )
-    # What belongs to the transaction from its begin ends with its savepoint, by PostgreSQL's hand.
+    # PostgreSQL itself resets those of a transaction, such as READ ONLY, with the savepoint.
     return {name for name in names if not name.startswith("transaction_")}
 
 

@@ -86,7 +86,7 @@ def _dbsession_isolation(
 
 @pytest.fixture
 def dbsession_isolation(_dbsession_isolation: Isolation) -> list[Recorded]:
-    """Undo what the test does; the value is the list of the outcomes of its scopes."""
+    """Roll back what the test does; the value is the list of the outcomes of its scopes."""
     return _dbsession_isolation.outcomes
 
 
@@ -94,7 +94,7 @@ def dbsession_isolation(_dbsession_isolation: Isolation) -> list[Recorded]:
 def dbsession_class_isolation(
     session_registries: tuple[scoped_session[Any], ...],
 ) -> Generator[list[Recorded]]:
-    """Undo what the tests of a class do together."""
+    """Roll back what the tests of a class do together."""
     with _isolate(tuple(session_registries)) as isolation:
         yield isolation.outcomes
 
@@ -103,7 +103,7 @@ def dbsession_class_isolation(
 def dbsession_module_isolation(
     session_registries: tuple[scoped_session[Any], ...],
 ) -> Generator[list[Recorded]]:
-    """Undo what the tests of a module do together."""
+    """Roll back what the tests of a module do together."""
     with _isolate(tuple(session_registries)) as isolation:
         yield isolation.outcomes
 

@@ -26,9 +26,15 @@ FLOORS = {
     "_block": 5,
     "_middleware": 5,
     # An extra may be a package, with floors of its own.
+    "testing._statements": 5,
+    "testing._outer": 5,
+    "testing._deferred": 5,
     "testing._outcomes": 6,
-    "testing._shared": 6,
-    "testing._isolation": 7,
+    "testing._savepoints": 6,
+    "testing._settings": 7,
+    "testing._shared": 8,
+    "testing._engine": 9,
+    "testing._isolation": 10,
 }
 # Known to type checkers without being installed.
 TYPING_ONLY = {"_typeshed", "typing_extensions"}

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import hypothesis  # noqa: F401
 import pytest
 
-from tests import postgres
-from tests.models import Base, Database, make_database
-from tests.wsgi import assert_nothing_left, make_registry
+from tests.support import postgres
+from tests.support.models import Base, Database, make_database
+from tests.support.wsgi import assert_nothing_left, make_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +49,7 @@ def postgres_server(pytestconfig: pytest.Config) -> postgres.Server:
 
 @pytest.fixture(scope="session")
 def postgres_url(postgres_server: postgres.Server) -> URL:
-    """A PostgreSQL database of the worker's own, with the tables of :mod:`tests.models`."""
+    """A database of the worker's own, with the tables of :mod:`tests.support.models`."""
     return _create_postgres(postgres_server, "test")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from sqlalchemy import URL
 
-from tests import postgres, postgres_keeper
+from tests.support import postgres, postgres_keeper
 from tests.support.processes import (
     Process,
     directory,

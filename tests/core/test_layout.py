@@ -21,6 +21,14 @@ FLOORS = {
     "testing._outcomes": 6,
     "testing._shared": 6,
     "testing._isolation": 7,
+    "idempotency._problem": 5,
+    "idempotency._start": 5,
+    "idempotency._table": 5,
+    "idempotency._request": 6,
+    "idempotency._rows": 6,
+    "idempotency._record": 7,
+    "idempotency._replay": 7,
+    "idempotency._middleware": 8,
 }
 # Known to type checkers without being installed.
 TYPING_ONLY = {"_typeshed", "typing_extensions"}

@@ -205,11 +205,19 @@ def test_a_second_request_waits_as_long_as_the_database_does(server: Place) -> N
     app = protect(Shop(registry, held), registry)
     impatient = server.registry()
     make_impatient(server)
+    inserts: list[str] = []
+
+    def note(*arguments: Any) -> None:
+        if "INSERT" in arguments[2]:
+            inserts.append(arguments[2])
+
+    event.listen(server.engines[-1], "before_cursor_execute", note)
 
     with held.during(app):
         refused = order(protect(Shop(impatient), impatient))
 
     assert (refused.status, refused.code) == ("409 Conflict", "in_progress")
+    assert len(inserts) == 1, "it waits once"
     assert server.notes() == ["tea"]
 
 
@@ -302,7 +310,9 @@ def reading(app: WSGIApplication, registry: scoped_session[Session], then: Any) 
     return middleware
 
 
-def begun_before(place: Place, level: str, *, retry: bool = False) -> tuple[Any, Shop]:
+def begun_before(
+    place: Place, level: str, *, retry: bool = False, **options: Any
+) -> tuple[Any, Shop]:
     """Make an application whose transaction is begun, and whose key then is used by another."""
     registry = registry_at(place, level)
     other = registry_at(place, level)
@@ -315,7 +325,7 @@ def begun_before(place: Place, level: str, *, retry: bool = False) -> tuple[Any,
         next(once, lambda: None)()
 
     inner = Idempotency(shop, registry, KEYS, principal=user_of)
-    app: Any = SessionMiddleware(reading(inner, registry, lose), registry)
+    app: Any = SessionMiddleware(reading(inner, registry, lose), registry, **options)
     if retry:
         app = RetryMiddleware(app, backoff=0)
     return app, shop
@@ -336,6 +346,15 @@ def test_a_snapshot_that_is_too_old_for_the_stored_response_is_a_conflict(
         assert again.is_replayed
         assert shop.calls == 0
         assert postgres.notes() == ["tea"]
+
+
+def test_without_a_veto_a_conflict_is_rolled_back_all_the_same(postgres: Place) -> None:
+    """The database has given up this transaction, whatever its status says."""
+    app, _ = begun_before(postgres, "SERIALIZABLE", commit_veto=None)
+
+    assert order(app).code == "in_progress"
+    assert order(app).is_replayed
+    assert postgres.notes() == ["tea"]
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -347,6 +347,16 @@ def test_a_body_without_a_fingerprint_is_refused(
     assert sqlite.keys() == []
 
 
+def test_a_body_that_is_too_long_is_not_read_to_its_end(shop: Shop) -> None:
+    """Memory for it is what ``max_body`` says."""
+    source = io.BytesIO(b"x" * 1000)
+
+    reply = order(protect(shop, shop.registry, max_body=10), source=source, CONTENT_LENGTH="1000")
+
+    assert reply.code == "body_too_large"
+    assert source.tell() == 11
+
+
 def test_the_longest_body_is_accepted(shop: Shop, sqlite: Place) -> None:
     """``max_body`` is the number of bytes that are allowed."""
     order(protect(shop, shop.registry, max_body=3))

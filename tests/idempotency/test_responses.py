@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import weakref
 from typing import TYPE_CHECKING, Any
+from wsgiref.util import FileWrapper
 from wsgiref.validate import validator
 
 import pytest
@@ -204,6 +206,130 @@ def test_what_follows_the_whole_body_is_not_waited_for(registry: scoped_session[
 
     assert server.trace == ["start 200", "block a", "block b", "afterwards", "end"]
     assert order(protected).body == b"ab"
+
+
+@pytest.mark.parametrize("wrap", [FileWrapper, lambda file, size: file], ids=["class", "uWSGI"])
+def test_a_long_file_is_left_to_the_server(wrap: Any, registry: scoped_session[Session]) -> None:
+    """Also where ``wsgi.file_wrapper`` is a function that returns the file."""
+    file = io.BytesIO(b"long")
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        start_response("200 OK", [TEXT, ("Content-Length", "4")])
+        result: Iterable[bytes] = environ["wsgi.file_wrapper"](file, 2)
+        return result
+
+    protected = protect(app, registry, max_response=3)
+    environ = make_environ("POST", HTTP_IDEMPOTENCY_KEY=KEY, **{"wsgi.file_wrapper": wrap})
+    result: Any = protected(environ, Server().start_response)
+
+    assert (result if wrap is not FileWrapper else result.filelike) is file
+    assert order(protected, path="/", body=b"").code == "not_stored"
+
+
+# -- rollbacks by the application, in the midst of the response -----------------------------------
+
+
+def starting_over(registry: scoped_session[Session], *, after: int, closing: bool) -> Any:
+    """Make a body that rolls back after some blocks, or when it is closed, and writes anew."""
+
+    class Blocks:
+        def __iter__(self) -> Iterator[bytes]:
+            for number, block in enumerate((b"a", b"b", b"c")):
+                if number == after:
+                    self.start_over()
+                yield block
+            if after == 3:
+                self.start_over()
+
+        def start_over(self) -> None:
+            registry.rollback()
+            registry.add(Note(text="anew"))
+            registry.flush()
+
+        def close(self) -> None:
+            if closing:
+                self.start_over()
+
+    return Blocks()
+
+
+@pytest.mark.parametrize(
+    ("moment", "after", "closing"),
+    [
+        *(pytest.param("complete", after, False, id=f"after {after} blocks") for after in (1, 2)),
+        pytest.param("close", 3, False, id="after the last block, before the outcome"),
+        pytest.param("close", -1, True, id="in close(), before the outcome"),
+    ],
+)
+@pytest.mark.parametrize("length", [None, "3", "long"])
+def test_a_rollback_in_the_midst_of_the_response_does_no_harm(
+    length: str | None,
+    moment: Any,
+    after: int,
+    closing: bool,
+    registry: scoped_session[Session],
+    sqlite: Place,
+) -> None:
+    """The row is stored again, with what is committed in the end."""
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        registry.add(Note(text="in vain"))
+        headers = [TEXT] if length is None else [TEXT, ("Content-Length", "3")]
+        start_response("200 OK", headers)
+        body: Iterable[bytes] = starting_over(registry, after=after, closing=closing)
+        return body
+
+    inner = Idempotency(
+        app, registry, KEYS, principal=user_of, max_response=2 if length == "long" else 9
+    )
+    protected = SessionMiddleware(inner, registry, commit_on=moment)
+    first = order(protected)
+    again = order(protected)
+
+    assert first.body == b"abc"
+    assert sqlite.notes() == ["anew"]
+    if length == "3":
+        assert (again.is_replayed, again.body) == (True, b"abc")
+    else:
+        assert again.code == "not_stored"
+
+
+def test_a_key_that_is_taken_in_the_midst_of_the_response_cuts_it(
+    registry: scoped_session[Session], sqlite: Place
+) -> None:
+    """Nothing of this request is committed, and the client sees that it failed."""
+    winner = protect(Shop(registry), registry)
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
+        start_response("200 OK", [TEXT])
+        yield b"a"
+        registry.rollback()
+        assert order(winner).status == "201 Created"
+        registry.add(Note(text="too late"))
+        yield b"b"
+
+    with pytest.raises(Exception, match="took the Idempotency-Key"):
+        order(protect(app, registry))
+
+    assert sqlite.notes() == ["tea"]
+
+
+def test_a_stream_that_fails_stores_nothing(
+    registry: scoped_session[Session], sqlite: Place
+) -> None:
+    """Its error is the one that is raised."""
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
+        start_response("200 OK", [TEXT])
+        yield b"a"
+        registry.rollback()
+        registry.add(Note(text="too late"))
+        registry.flush()
+        raise AppError
+
+    with pytest.raises(AppError):
+        order(protect(app, registry))
+    assert (sqlite.notes(), sqlite.keys()) == ([], [])
 
 
 # -- lengths --------------------------------------------------------------------------------------
@@ -467,23 +593,39 @@ class Failing:
         raise AppError
 
 
-def test_nothing_is_kept_after_a_failure(registry: scoped_session[Session]) -> None:
-    """No cycle holds the request until a collection."""
+def no_failure(registry: scoped_session[Session]) -> None:
+    """Leave it to the body."""
+
+
+def lose_the_key(registry: scoped_session[Session]) -> None:
+    """Let another request take it."""
+    registry.rollback()
+    order(protect(Shop(registry), registry))
+
+
+@pytest.mark.parametrize("failure", [no_failure, lose_the_key])
+def test_nothing_is_kept_after_a_failure(failure: Any, postgres: Place) -> None:
+    """No cycle holds the request until a collection; errors of SQLAlchemy are in one."""
+    registry = postgres.registry()
     kept: list[weakref.ref[Failing]] = []
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         body = Failing()
         kept.append(weakref.ref(body))
-        start_response("200 OK", [TEXT, ("Content-Length", "9")])
+        failure(registry)
+        length = "9" if failure is no_failure else "1"
+        start_response("200 OK", [TEXT, ("Content-Length", length)])
         return body
 
     protected = protect(app, registry)
-    order(protect(answering(b"x"), registry), key="warm")
+    order(protect(Shop(registry), registry), key="warm")
     gc.collect()
     gc.disable()
     try:
         with contextlib.suppress(AppError):
-            order(protected)
+            # Not order(): it keeps what start_response is called with.
+            protected(make_environ("POST", HTTP_IDEMPOTENCY_KEY=KEY), lambda *_: bytes)
+            assert failure is lose_the_key
         assert kept[0]() is None
     finally:
         gc.enable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections import deque
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -13,13 +14,14 @@ from wsgi_dbsession._scope import current_scope
 
 from ._problem import in_progress
 from ._rows import Claim, Rows, Stored
-from ._start import Rest, body_length, close
+from ._start import body_length, close, is_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from _typeshed import OptExcInfo
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from sqlalchemy.orm import SessionTransaction
 
 # They belong to one connection: RFC 9110, section 7.6.1.
 HOP_BY_HOP = frozenset(
@@ -47,10 +49,11 @@ def respond(
     app: WSGIApplication, environ: WSGIEnvironment, recording: Recording
 ) -> Iterable[bytes]:
     """Call the application, and store its response."""
+    file_wrapper = environ.get("wsgi.file_wrapper")  # the application may change it
     result: Iterable[bytes] = ()
     try:
         result = app(environ, recording)
-        return recording.record(result)
+        return recording.record(result, file_wrapper)
     except BaseException as error:
         with contextlib.suppress(BaseException):  # the first error is the one to raise
             close(result)
@@ -74,6 +77,7 @@ class Recording:
 
     __slots__ = (
         "_blocks",
+        "_body",
         "_chosen",
         "_claim",
         "_headers",
@@ -84,6 +88,7 @@ class Recording:
         "_rows",
         "_server",
         "_status",
+        "_transaction",
         "_write",
         "failure",
     )
@@ -108,6 +113,9 @@ class Recording:
         self._length = 0
         self._is_marked = False
         self._is_stored = False
+        # What was stored, and the transaction that it was stored in.
+        self._body: bytes | None = None
+        self._transaction: SessionTransaction | None = None
 
     def __call__(
         self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
@@ -133,9 +141,10 @@ class Recording:
             self._mark()
         self._write(block)
 
-    def record(self, result: Iterable[bytes]) -> Iterable[bytes]:
+    def record(self, result: Iterable[bytes], file_wrapper: object) -> Iterable[bytes]:
         """Store the response that the application returned.
 
+        :param file_wrapper: that of the server.
         :return: what the server is to get.
         :raises Taken: if the key does not belong to this request any more.
         """
@@ -148,31 +157,53 @@ class Recording:
                     self._add(block)
                 self._store()
             return result
-        rest: Rest | None = None
+        if self._status is not None and self._is_long() and is_file(result, file_wrapper):
+            self._mark()
+            return result
+        body = Body(self, result)
         is_ended = False
         if self._status is None:
             # A generator may start the response as late as with its first block.
-            rest = Rest(result)
-            is_ended = next(rest.read_ahead(), None) is None
+            is_ended = next(body.read_ahead(), None) is None
             if self._status is None:
-                return rest
-        expected = self._expected()
-        if is_ended or self._length >= expected:
+                return body
+        if is_ended:
             self._store()
-        elif expected > self._max_response:
+        elif self._is_long():
             self._mark()
         else:
-            rest = rest or Rest(result)
-            for block in rest.read_ahead():
-                self._add(block)
-                if self._length >= expected:
-                    break
+            self._read(body)
             self._store()
-        return rest or result
+        return body
+
+    def renew(self) -> None:
+        """Store the response again if the application has rolled back what was stored.
+
+        To be called where the application has gone on, before an outcome can come.
+
+        :raises Taken: if the key does not belong to this request any more.
+        """
+        if self._is_marked or self._is_stored:
+            transaction = self._rows.transaction()
+            if transaction is not None and transaction is not self._transaction:
+                self._save(self._body)
 
     def _expected(self) -> float:
         assert self._status is not None
         return body_length(self._status, self._headers)
+
+    def _is_long(self) -> bool:
+        """Return whether the response is too long to be stored, or may be endless."""
+        return self._expected() > self._max_response
+
+    def _read(self, body: Body) -> None:
+        """Read blocks until the body is complete."""
+        expected = self._expected()
+        if self._length < expected:
+            for block in body.read_ahead():
+                self._add(block)
+                if self._length >= expected:
+                    break
 
     def _add(self, block: bytes) -> None:
         self._length += len(block)
@@ -199,6 +230,7 @@ class Recording:
 
     def _save(self, body: bytes | None) -> None:
         assert self._status is not None
+        self._body = body
         headers = [(name, value) for name, value in self._headers if self._is_chosen(name.lower())]
         try:
             if not self._rows.store(self._claim, Stored(self._status, headers, body)):
@@ -208,6 +240,7 @@ class Recording:
                     "another request took the Idempotency-Key after a rollback by the application"
                 )
                 raise Taken(msg)
+            self._transaction = self._rows.transaction()
         except SQLAlchemyError as error:
             # An error page often follows an error that has aborted the transaction.
             if self._status[:1] not in "45":
@@ -219,3 +252,41 @@ class Recording:
 
     def _is_chosen(self, name: str) -> bool:
         return name not in _NOT_STORED if self._chosen is None else name in self._chosen
+
+
+class Body:
+    """The iterable that the server gets where application code is left to run."""
+
+    __slots__ = ("_ahead", "_blocks", "_iterable", "_recording")
+
+    def __init__(self, recording: Recording, iterable: Iterable[bytes]) -> None:
+        self._recording = recording
+        self._iterable = iterable
+        self._blocks = iter(iterable)
+        self._ahead: deque[bytes] = deque()
+
+    def read_ahead(self) -> Iterator[bytes]:
+        """Return the blocks from the first one; what is read is kept for the server."""
+        yield from tuple(self._ahead)
+        for block in self._blocks:
+            self._ahead.append(block)
+            yield block
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._ahead:
+            return self._ahead.popleft()
+        try:
+            block = next(self._blocks)
+        except StopIteration:
+            self._recording.renew()
+            raise
+        self._recording.renew()
+        return block
+
+    def close(self) -> None:
+        """Close the application's iterable."""
+        close(self._iterable)
+        self._recording.renew()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from sqlalchemy import Connection, Table
-    from sqlalchemy.orm import Session, scoped_session
+    from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
 # The database refused this transaction, because of another one: a new one may succeed.
 _RACES = frozenset({"40001", "40P01", "1213", "1020"})
@@ -145,6 +145,11 @@ class Rows:
             if _is_one_of(_TIMEOUTS, error):
                 return False
             raise
+
+    def transaction(self) -> SessionTransaction | None:
+        """Return the Session's transaction, if it has begun one."""
+        session: Session = self._registry()
+        return session.get_transaction()
 
     def _connect(self, session: Session) -> Connection:
         # The clause is for a Session with several binds.

@@ -1,14 +1,17 @@
-"""PEP 3333: the length of a body, and a body that was read ahead."""
+"""PEP 3333: the length of a body, and what kinds of iterables there are."""
 
 from __future__ import annotations
 
+import io
 import math
 import re
-from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
+
+# What uWSGI's `wsgi.file_wrapper`, a C function, returns: the file that it was given.
+_FILES = (io.BufferedReader, io.BufferedRandom, io.BytesIO, io.FileIO)
 
 _NUMBER = re.compile("[0-9]+")
 
@@ -33,29 +36,14 @@ def close(iterable: Iterable[bytes]) -> None:
         method()
 
 
-class Rest:
-    """An iterable of which some blocks were read ahead."""
+def is_file(result: Iterable[bytes], file_wrapper: Any) -> bool:
+    """Return whether the server is to send a file: no code of the application is left to run.
 
-    __slots__ = ("_ahead", "_blocks", "_iterable")
-
-    def __init__(self, iterable: Iterable[bytes]) -> None:
-        self._iterable = iterable
-        self._blocks = iter(iterable)
-        self._ahead: deque[bytes] = deque()
-
-    def read_ahead(self) -> Iterator[bytes]:
-        """Return the blocks from the first one; what is read is kept for the server."""
-        yield from tuple(self._ahead)
-        for block in self._blocks:
-            self._ahead.append(block)
-            yield block
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        return self._ahead.popleft() if self._ahead else next(self._blocks)
-
-    def close(self) -> None:
-        """Close the application's iterable."""
-        close(self._iterable)
+    :param file_wrapper: the ``wsgi.file_wrapper`` of the environ.
+    """
+    if file_wrapper is None:
+        return False
+    try:
+        return isinstance(result, file_wrapper)
+    except TypeError:  # PEP 3333 asks for a callable, not for a class
+        return type(result) in _FILES

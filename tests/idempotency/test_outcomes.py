@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import create_engine, event, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DBAPIError,
+    IntegrityError,
+    InvalidRequestError,
+    PendingRollbackError,
+    SAWarning,
+    SQLAlchemyError,
+)
 
 from tests.idempotency.shop import KEYS, Note, Shop, order, protect, read, user_of
 from tests.support.errors import AppError, Kill, doom, interrupt_by, raise_error
 from tests.support.wsgi import make_registry
 from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
 from wsgi_dbsession.idempotency import Idempotency
+from wsgi_dbsession.testing import isolate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -244,6 +252,47 @@ def test_a_key_that_was_taken_cannot_be_kept(place: Place) -> None:
 
     assert order(app).code == "in_progress"
     assert place.notes() == ["tea"]
+
+
+def test_the_transaction_has_begun_when_the_application_is_called(place: Place) -> None:
+    """The application cannot begin it, and SQLAlchemy warns of another isolation level."""
+    registry = place.registry()
+
+    def work(text: str) -> None:
+        with pytest.raises(InvalidRequestError, match="already begun"):
+            registry.begin()
+        with pytest.warns(SAWarning, match="already established"):
+            registry.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+
+    # Not with Shop, which would begin it as well.
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        work(read(environ))
+        start_response("204 No Content", [])
+        return []
+
+    assert order(protect(app, registry)).status == "204 No Content"
+
+
+@pytest.mark.parametrize("name", ["sqlite", "postgres"])
+def test_the_tests_of_an_application_may_undo_it(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    """``isolate()`` takes the key back with the rest."""
+    place: Place = request.getfixturevalue(name)
+    registry = place.registry()
+    shop = Shop(registry, Once(raise_error))
+    app = protect(shop, registry)
+
+    for _ in range(2):
+        shop.work = Once(raise_error)
+        with isolate(registry) as outcomes:
+            with pytest.raises(AppError):
+                order(app)
+            assert not order(app).is_replayed
+            assert order(app).is_replayed
+            assert order(app, b"coffee").code == "key_reused"
+        assert [each.outcome for each in outcomes] == ["rollback", "commit", "commit", "rollback"]
+        assert (place.notes(), place.keys()) == ([], [])
 
 
 # -- errors that the application catches ----------------------------------------------------------

@@ -11,6 +11,7 @@ from wsgiref.util import FileWrapper
 from wsgiref.validate import validator
 
 import pytest
+from sqlalchemy import event
 
 from tests.idempotency.shop import KEY, KEYS, Note, Shop, order, protect, user_of
 from tests.support.errors import AppError, Kill, raise_error
@@ -294,6 +295,44 @@ def test_a_rollback_in_the_midst_of_the_response_does_no_harm(
         assert again.code == "not_stored"
 
 
+def test_a_rollback_before_the_end_of_a_stream_does_no_harm(
+    registry: scoped_session[Session], sqlite: Place
+) -> None:
+    """The outcome comes at the end, after the last block."""
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        start_response("200 OK", [TEXT])
+        body: Iterable[bytes] = starting_over(registry, after=3, closing=False)
+        return body
+
+    protected = protect(app, registry)
+    order(protected)
+
+    assert order(protected).code == "not_stored"
+    assert sqlite.notes() == ["anew"]
+
+
+@pytest.mark.parametrize("shape", [name for name in BODIES if name != "write()"])
+@pytest.mark.parametrize("with_length", [True, False], ids=["length", "no length"])
+def test_a_response_is_stored_once(
+    shape: str, with_length: bool, registry: scoped_session[Session], sqlite: Place
+) -> None:
+    """A request costs an INSERT and an UPDATE, however many blocks it has."""
+    program = Program()
+    if with_length:
+        program.headers = program.with_length()
+    statements: list[str] = []
+    event.listen(
+        sqlite.engines[0],
+        "before_cursor_execute",
+        lambda *arguments: statements.append(arguments[2].split()[0]),
+    )
+
+    order(protect(BODIES[shape](program), registry))
+
+    assert statements == ["BEGIN", "INSERT", "UPDATE"]
+
+
 def test_a_key_that_is_taken_in_the_midst_of_the_response_cuts_it(
     registry: scoped_session[Session], sqlite: Place
 ) -> None:
@@ -534,7 +573,7 @@ def silent(kind: Any) -> WSGIApplication:
     return app
 
 
-@pytest.mark.parametrize("kind", [list, tuple, iter])
+@pytest.mark.parametrize("kind", [list, tuple, iter, lambda blocks: iter(())])
 def test_a_body_without_a_start_is_refused(
     kind: Any, registry: scoped_session[Session], sqlite: Place
 ) -> None:

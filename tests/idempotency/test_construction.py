@@ -58,7 +58,7 @@ def build(**wrong: Any) -> Idempotency:
         ),
         pytest.param({"table": "keys"}, "table must be a Table, got 'keys'", id="table's name"),
         pytest.param({"principal": "ann"}, "principal must be callable, got 'ann'", id="a name"),
-        pytest.param({"principal": None}, "principal must be callable, got None", id="nobody"),
+        pytest.param({"principal": None}, "principal must be callable, got None", id="None"),
         pytest.param({"required": "yes"}, "required must be a bool, got 'yes'", id="required"),
         pytest.param({"wait": 1}, "wait must be a bool, got 1", id="wait"),
         pytest.param({"max_body": "1k"}, "max_body must be an int, got '1k'", id="max_body"),

@@ -135,7 +135,7 @@ def test_the_response_is_lost(server: Place) -> None:
 
 @pytest.mark.parametrize("decision", ["COMMIT", "ROLLBACK"])
 def test_a_transaction_in_doubt_keeps_the_key(decision: str, postgres: Place) -> None:
-    """What was prepared blocks the second try, until somebody decides on it."""
+    """What was prepared blocks the second try, until it is committed or rolled back."""
     with Proxy.to(postgres.url) as proxy:
         engine = create_engine(proxy.url(postgres.url))
         distant = make_registry(engine, twophase=True)

@@ -155,7 +155,7 @@ def test_without_a_veto_every_response_is_stored(
 
 
 def test_a_commit_in_the_midst_makes_the_key_unfinished(place: Place) -> None:
-    """A part was committed and the rest failed: only somebody who looks can know what to do."""
+    """A part was committed and the rest failed: the request is not run again."""
     registry = place.registry()
     shop = Shop(registry)
 
@@ -264,7 +264,6 @@ def test_the_transaction_has_begun_when_the_application_is_called(place: Place) 
         with pytest.warns(SAWarning, match="already established"):
             registry.connection(execution_options={"isolation_level": "SERIALIZABLE"})
 
-    # Not with Shop, which would begin it as well.
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         work(read(environ))
         start_response("204 No Content", [])

@@ -237,7 +237,7 @@ def test_a_principal_is_a_string(registry: scoped_session[Session]) -> None:
 
 
 def test_an_error_of_the_principal_is_raised(registry: scoped_session[Session]) -> None:
-    """The application is not called for somebody unknown."""
+    """The application is not called for an unknown principal."""
     shop = Shop(registry)
     app = protect(shop, registry, principal=lambda environ: environ["missing"])
 

@@ -97,7 +97,7 @@ class Rows:
         :raises Problem: if another request is using the key.
         """
         session: Session = self._registry()
-        # What somebody has begun is not ours to roll back.
+        # A transaction that was begun before may hold work: it must not be rolled back here.
         begun = session.in_transaction()
         for tries_left in reversed(range(1 if begun else _TRIES)):
             timed_out = False
@@ -207,7 +207,7 @@ def _try_lock(connection: Connection, claim: Claim) -> bool:
 
 
 class _ImpatientInsert(Insert):
-    """An INSERT that does not wait for another transaction, on a database that can tell it."""
+    """An INSERT that does not wait for another transaction, where the database supports it."""
 
     inherit_cache = True
 

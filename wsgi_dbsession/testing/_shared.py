@@ -447,7 +447,8 @@ class SharedConnection:
                     self._find_loss()
                 else:
                     self.loss = (
-                        f"a savepoint of the isolation is gone. This was noticed at {application_line()}. "
+                        "a savepoint of the isolation is gone. "
+                        f"This was noticed at {application_line()}. "
                         "A textual ROLLBACK TO SAVEPOINT or RELEASE SAVEPOINT removes those that "
                         "were set later: call Session.begin_nested() instead"
                     )

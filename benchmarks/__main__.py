@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import growth, held, overhead, report, scale, throughput
 from benchmarks.applications import make_engine, prepare_database
-from tests import postgres
+from tests.support import postgres
 
 PARTS: dict[str, Any] = {
     "overhead": overhead,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import hypothesis  # noqa: F401
 import pytest
 
-from tests import postgres
-from tests.models import Base, Database, make_database
-from tests.wsgi import assert_nothing_left, make_registry
+from tests.support import postgres
+from tests.support.models import Base, Database, make_database
+from tests.support.wsgi import assert_nothing_left, make_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +22,20 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
 
 DIRECTORY = pytest.StashKey[Path]()
+
+# The rings of the tests but the first. A directory of that name is in it, wherever it stands; a
+# module and a test say it by a marker.
+RINGS = ("servers", "frameworks", "clusters", "long")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects what its option -m asks for
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its ring."""
+    for item in items:
+        for ring in set(RINGS).intersection(item.nodeid.partition("::")[0].split("/")):
+            item.add_marker(ring)
+        if not any(map(item.get_closest_marker, RINGS)):
+            item.add_marker("first")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,7 +63,7 @@ def postgres_server(pytestconfig: pytest.Config) -> postgres.Server:
 
 @pytest.fixture(scope="session")
 def postgres_url(postgres_server: postgres.Server) -> URL:
-    """A PostgreSQL database of the worker's own, with the tables of :mod:`tests.models`."""
+    """A database of the worker's own, with the tables of :mod:`tests.support.models`."""
     return _create_postgres(postgres_server, "test")
 
 

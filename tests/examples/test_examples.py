@@ -23,7 +23,7 @@ from sqlalchemy import create_engine, text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.postgres import Server
+    from tests.support.postgres import Server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

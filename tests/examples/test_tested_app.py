@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import URL
 
-    from tests.postgres import Server
+    from tests.support.postgres import Server
 
 SUITE = EXAMPLES / "tested_app"
 

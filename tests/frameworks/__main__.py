@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.frameworks.scenarios import bound
 from tests.frameworks.tables import DOCUMENT, see_all, write
-from tests.models import Base, make_database
+from tests.support.models import Base, make_database
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from wsgi_dbsession import NoScopeError, current_scope
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.models import Database
+    from tests.support.models import Database
 
 
 @pytest.fixture

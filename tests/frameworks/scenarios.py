@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
     from tests.frameworks.apps import Framework
-    from tests.models import Database
+    from tests.support.models import Database
 
 
 Became: TypeAlias = Literal["committed", "rolled back"]

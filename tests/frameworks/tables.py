@@ -22,13 +22,13 @@ from tests.frameworks.scenarios import (
 )
 from tests.frameworks.server import Client
 from tests.frameworks.teardowns import TEARDOWNS, Teardown
-from tests.models import Note
+from tests.support.models import Note
 from wsgi_dbsession import SessionMiddleware
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from tests.models import Database
+    from tests.support.models import Database
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "frameworks.md"
 MOMENTS = ("complete", "headers", "close")

@@ -23,7 +23,7 @@ from werkzeug.wrappers import Request, Response
 from werkzeug.wsgi import ClosingIterator
 
 from tests.frameworks.apps.database import Session
-from tests.models import Note
+from tests.support.models import Note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

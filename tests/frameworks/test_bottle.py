@@ -9,13 +9,13 @@ import pytest
 
 from tests.frameworks.apps.database import Session, add_orphan
 from tests.frameworks.server import Client
-from tests.models import Note
+from tests.support.models import Note
 from wsgi_dbsession import SessionMiddleware
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.models import Database
+    from tests.support.models import Database
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from tests.frameworks.apps.database import Session, add_orphan
 from tests.frameworks.server import Client
-from tests.models import Note
+from tests.support.models import Note
 from wsgi_dbsession import SessionMiddleware, current_scope
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import WSGIApplication
 
-    from tests.models import Database
+    from tests.support.models import Database
 
 
 class Root:

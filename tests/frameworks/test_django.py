@@ -15,11 +15,11 @@ from django.urls import path
 
 from tests.frameworks.apps.database import Session
 from tests.frameworks.server import Client
-from tests.models import Note
+from tests.support.models import Note
 from wsgi_dbsession import NoScopeError, SessionMiddleware, current_scope, session_scope
 
 if TYPE_CHECKING:
-    from tests.models import Database
+    from tests.support.models import Database
 
 
 def add(request: HttpRequest) -> HttpResponse:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import WSGIApplication
 
-    from tests.models import Database
+    from tests.support.models import Database
 
 every_framework = pytest.mark.parametrize(
     "framework", [pytest.param(each, id=each.name) for each in FRAMEWORKS]

@@ -11,13 +11,13 @@ from sqlalchemy.exc import IntegrityError
 
 from tests.frameworks.apps.database import Session, add_orphan
 from tests.frameworks.server import Client
-from tests.models import Note
+from tests.support.models import Note
 from wsgi_dbsession import SessionMiddleware
 
 if TYPE_CHECKING:
     from falcon import Request, Response
 
-    from tests.models import Database
+    from tests.support.models import Database
 
 
 class Page:

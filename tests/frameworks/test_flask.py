@@ -17,7 +17,7 @@ from webtest import TestRequest
 
 from tests.frameworks.apps.database import REPORT, Session, add_orphan, stream
 from tests.frameworks.server import Client
-from tests.models import Note
+from tests.support.models import Note
 from wsgi_dbsession import NoScopeError, SessionMiddleware, current_scope, session_scope
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
     from flask.typing import ResponseReturnValue
 
-    from tests.models import Database
+    from tests.support.models import Database
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 from tests.frameworks.apps import mounted
 from tests.frameworks.apps.database import Session, add_orphan
 from tests.frameworks.server import Client
-from tests.models import Note
+from tests.support.models import Note
 from wsgi_dbsession import SessionMiddleware, current_scope
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-    from tests.models import Database
+    from tests.support.models import Database
 
 
 def wrap(view: Callable[[Any], Any], registry: Any, *, pyramid_tm: bool = False) -> Client:

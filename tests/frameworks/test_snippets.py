@@ -14,7 +14,7 @@ from django.utils.functional import empty
 from tests.frameworks.apps import FRAMEWORKS, Framework
 from tests.frameworks.server import Client
 from tests.frameworks.tables import DOCUMENT
-from tests.models import Note, make_database
+from tests.support.models import Note, make_database
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,7 +18,7 @@ from tests.frameworks.tables import (
 from tests.frameworks.teardowns import TEARDOWNS
 
 if TYPE_CHECKING:
-    from tests.models import Database
+    from tests.support.models import Database
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from werkzeug.wrappers import Request, Response
 
 from tests.frameworks.apps.database import REPORT, Session, add_orphan, stream
 from tests.frameworks.server import Client
-from tests.models import Note
+from tests.support.models import Note
 from wsgi_dbsession import SessionMiddleware
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
-    from tests.models import Database
+    from tests.support.models import Database
 
 
 @Request.application

@@ -17,7 +17,7 @@ from .fleet import SERVERS, Running, Server
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests import postgres
+    from tests.support import postgres
 
 SCHEMA = """
 CREATE TABLE note (token text PRIMARY KEY);

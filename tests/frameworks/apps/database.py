@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import select
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from tests.models import Book, Note
+from tests.support.models import Book, Note
 from wsgi_dbsession import current_scope
 
 if TYPE_CHECKING:

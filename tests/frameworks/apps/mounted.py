@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tests.frameworks.apps.database import Session, add_orphan
-from tests.models import Note
+from tests.support.models import Note
 from wsgi_dbsession import SessionMiddleware, current_scope
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from tests.frameworks.apps.database import (
     stream,
 )
 from tests.frameworks.apps.mounted import mounted
-from tests.models import Note
+from tests.support.models import Note
 from wsgi_dbsession import SessionMiddleware
 
 if TYPE_CHECKING:

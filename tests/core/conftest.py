@@ -1,0 +1,43 @@
+"""Fixtures: two registries, and a registry on each driver."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.models import Database, make_engine
+from tests.support.postgres import DRIVERS
+from tests.support.wsgi import assert_nothing_left, make_registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy.orm import Session, scoped_session
+
+    Registry = scoped_session[Session]
+
+
+@pytest.fixture
+def two(
+    postgres_database: Database, other_postgres_database: Database
+) -> Iterator[tuple[Registry, Registry]]:
+    """Two registries over two databases."""
+    registries = (
+        make_registry(postgres_database.engine),
+        make_registry(other_postgres_database.engine),
+    )
+    yield registries
+    assert_nothing_left(*registries)
+
+
+@pytest.fixture(params=DRIVERS)
+def driver_registry(
+    request: pytest.FixtureRequest, postgres_database: Database
+) -> Iterator[Registry]:
+    """A registry over PostgreSQL, with each of the drivers in turn."""
+    engine = make_engine(postgres_database.url.set(drivername=f"postgresql+{request.param}"))
+    registry = make_registry(engine)
+    yield registry
+    assert_nothing_left(registry)
+    engine.dispose()

@@ -1,0 +1,86 @@
+"""A transaction that PostgreSQL has aborted does not become a success."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy.orm import Session, scoped_session
+
+from tests.support.models import Database, Note
+from wsgi_dbsession import session_scope
+
+if TYPE_CHECKING:
+    Registry = scoped_session[Session]
+
+
+def divide_by_zero(registry: Registry) -> None:
+    with contextlib.suppress(DBAPIError):
+        registry.execute(text("SELECT 1/0"))
+
+
+def test_a_swallowed_error_does_not_become_a_success(
+    driver_registry: Registry, postgres_database: Database
+) -> None:
+    """PostgreSQL answers COMMIT with ROLLBACK then, which two of the drivers do not report."""
+    with (
+        pytest.raises((PendingRollbackError, DBAPIError)) as caught,
+        session_scope(driver_registry) as scope,
+    ):
+        driver_registry.add(Note(text="lost"))
+        driver_registry.flush()
+        divide_by_zero(driver_registry)
+
+    if driver_registry.session_factory.kw["bind"].driver != "pg8000":  # it raises itself
+        assert "with Session.begin_nested()" in str(caught.value)
+        assert "Session.rollback()" in str(caught.value)
+    assert (scope.outcome, scope.reason) == ("rollback", "commit failed")
+    assert postgres_database.notes() == []
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_the_drivers_that_are_asked_need_it(postgres_database: Database, driver: str) -> None:
+    """Without the check, SQLAlchemy and the driver report a commit that was none."""
+    engine = create_engine(postgres_database.url.set(drivername=f"postgresql+{driver}"))
+    with Session(engine) as session:
+        session.add(Note(text="lost"))
+        session.flush()
+        with contextlib.suppress(DBAPIError):
+            session.execute(text("SELECT 1/0"))
+        session.commit()
+    engine.dispose()
+
+    assert postgres_database.notes() == []
+
+
+def test_a_savepoint_mends_it(driver_registry: Registry, postgres_database: Database) -> None:
+    """What the message advises works: the error is confined to the savepoint."""
+    with session_scope(driver_registry):
+        driver_registry.add(Note(text="kept"))
+        with contextlib.suppress(DBAPIError), driver_registry.begin_nested():
+            driver_registry.execute(text("SELECT 1/0"))
+
+    assert postgres_database.notes() == ["kept"]
+
+
+def test_a_rollback_mends_it(driver_registry: Registry, postgres_database: Database) -> None:
+    """What the message advises works: what comes after the rollback is committed."""
+    with session_scope(driver_registry):
+        driver_registry.add(Note(text="lost"))
+        divide_by_zero(driver_registry)
+        driver_registry.rollback()
+        driver_registry.add(Note(text="kept"))
+
+    assert postgres_database.notes() == ["kept"]
+
+
+def test_a_connection_that_the_application_gave_up_is_not_asked(
+    postgres_registry: Registry,
+) -> None:
+    """An invalidated connection has no transaction that could be aborted."""
+    with pytest.raises(PendingRollbackError, match="invalid"), session_scope(postgres_registry):
+        postgres_registry.execute(text("SELECT 1"))
+        postgres_registry.connection().invalidate()

@@ -1,0 +1,178 @@
+"""Hooks run after the outcome, and what goes wrong in them changes nothing."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.exc import IntegrityError
+
+from tests.support.errors import AppError, Kill, fail, interrupt_by
+from tests.support.models import Book, Database, Note
+from tests.support.wsgi import assert_nothing_left
+from wsgi_dbsession import current_scope, session_scope
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, scoped_session
+
+
+def test_hooks_run_after_the_commit_in_order(
+    database: Database, registry: scoped_session[Session]
+) -> None:
+    """They see the committed row, in the scope; those for a rollback are not called."""
+    calls: list[object] = []
+    with session_scope(registry) as scope:
+        registry.add(Note(text="a"))
+        scope.on_commit(lambda: calls.append(database.notes()))
+        scope.on_rollback(lambda: calls.append("rollback"))
+        scope.on_commit(lambda: calls.append(current_scope() is scope))
+        scope.on_commit(lambda: calls.append(scope.outcome))
+        assert calls == []
+
+    assert calls == [["a"], True, "commit"]
+
+
+def test_hooks_run_after_the_rollback_in_order(
+    postgres_database: Database, postgres_registry: scoped_session[Session]
+) -> None:
+    """The row is gone, and its lock; those for a commit are not called."""
+    calls: list[object] = []
+
+    def rolled_back() -> None:
+        postgres_registry.execute(text("LOCK TABLE note IN ACCESS EXCLUSIVE MODE NOWAIT"))
+        calls.append(postgres_registry.scalars(select(Note)).all())
+
+    with pytest.raises(AppError), session_scope(postgres_registry) as scope:
+        postgres_registry.add(Note(text="a"))
+        postgres_registry.flush()
+        scope.on_rollback(rolled_back)
+        scope.on_commit(lambda: calls.append("commit"))
+        scope.on_rollback(lambda: calls.append(scope.outcome))
+        raise AppError
+
+    assert calls == [[], "rollback"]
+
+
+def test_hooks_learn_that_the_commit_failed(
+    database: Database, registry: scoped_session[Session]
+) -> None:
+    """A failed commit is a rollback for them."""
+    calls: list[str] = []
+    with pytest.raises(IntegrityError), session_scope(registry) as scope:
+        scope.on_commit(lambda: calls.append("commit"))
+        scope.on_rollback(lambda: calls.append("rollback"))
+        registry.add(Book(author_id=7))
+
+    assert calls == ["rollback"]
+
+
+def test_a_hook_runs_though_no_session_was_used(sqlite_registry: scoped_session[Session]) -> None:
+    """A commit of nothing counts."""
+    calls: list[str] = []
+    with session_scope(sqlite_registry) as scope:
+        scope.on_commit(lambda: calls.append("commit"))
+
+    assert calls == ["commit"]
+
+
+@pytest.mark.parametrize("outcome", ["commit", "rollback"])
+def test_an_error_in_a_hook_is_logged_only(
+    sqlite_database: Database,
+    sqlite_registry: scoped_session[Session],
+    caplog: pytest.LogCaptureFixture,
+    outcome: str,
+) -> None:
+    """The outcome stays, the other hooks run, and the log has the traceback."""
+    calls: list[str] = []
+    with session_scope(sqlite_registry) as scope:
+        sqlite_registry.add(Note(text="a"))
+        for register in (scope.on_commit, scope.on_rollback):
+            register(fail)
+            register(lambda: calls.append("next"))
+        if outcome == "rollback":
+            scope.doom()
+
+    assert scope.outcome == outcome
+    assert sqlite_database.notes() == (["a"] if outcome == "commit" else [])
+    assert calls == ["next"]
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("wsgi_dbsession", logging.ERROR)
+    assert record.getMessage() == f"a hook failed after the {outcome}: {fail!r}"
+    assert record.exc_info is not None
+    assert record.exc_info[0] is AppError
+
+
+@pytest.mark.parametrize("outcome", ["commit", "rollback"])
+def test_an_interruption_in_a_hook_propagates(
+    sqlite_database: Database, sqlite_registry: scoped_session[Session], outcome: str
+) -> None:
+    """A greenlet that is killed in a hook ends; the outcome stays, and nothing is left."""
+    with pytest.raises(Kill), session_scope(sqlite_registry) as scope:
+        sqlite_registry.add(Note(text="a"))
+        scope.on_commit(interrupt_by(Kill()))
+        scope.on_rollback(interrupt_by(Kill()))
+        if outcome == "rollback":
+            scope.doom()
+
+    assert scope.outcome == outcome
+    assert sqlite_database.notes() == (["a"] if outcome == "commit" else [])
+    assert_nothing_left(sqlite_registry)
+
+
+def test_the_first_error_beats_an_interruption_in_a_hook(
+    sqlite_registry: scoped_session[Session],
+) -> None:
+    """The error of the block propagates, not that of a hook after it."""
+    with pytest.raises(AppError), session_scope(sqlite_registry) as scope:
+        scope.on_rollback(interrupt_by(Kill()))
+        raise AppError
+
+
+def test_what_a_hook_writes_is_committed(
+    database: Database, registry: scoped_session[Session]
+) -> None:
+    """A hook may begin a transaction, and register another hook, which runs too, and so on."""
+    calls: list[str] = []
+    with session_scope(registry) as scope:
+        registry.add(Note(text="a"))
+
+        def hook() -> None:
+            registry.add(Note(text="hook"))
+            scope.on_commit(lambda: scope.on_commit(last))
+
+        def last() -> None:
+            scope.on_commit(lambda: calls.append("last"))
+
+        scope.on_commit(hook)
+
+    assert calls == ["last"]
+    assert database.notes() == ["a", "hook"]
+
+
+def test_what_a_hook_writes_after_an_error_is_rolled_back(
+    sqlite_database: Database, sqlite_registry: scoped_session[Session]
+) -> None:
+    """It is the work of the same failed scope."""
+    with pytest.raises(AppError), session_scope(sqlite_registry) as scope:
+        scope.on_rollback(lambda: sqlite_registry.add(Note(text="hook")))
+        raise AppError
+
+    assert sqlite_database.notes() == []
+
+
+def test_a_hook_that_registers_itself_comes_to_an_end(
+    sqlite_registry: scoped_session[Session],
+) -> None:
+    """A hook that writes, and asks to be called again after that commit, does not run for ever."""
+    calls: list[str] = []
+    with session_scope(sqlite_registry) as scope:
+
+        def hook() -> None:
+            calls.append("hook")
+            sqlite_registry.add(Note(text="hook"))
+
+        scope.on_commit(hook)
+
+    assert calls == ["hook"]

@@ -1,0 +1,73 @@
+"""Which registries are refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from tests.support.wsgi import BODIES, Program
+from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def session_class() -> scoped_session[Session]:
+    return scoped_session(cast("Any", Session), scopefunc=current_scope)
+
+
+def plain_function() -> scoped_session[Session]:
+    return scoped_session(cast("Any", lambda: Session()), scopefunc=current_scope)
+
+
+def thread_local() -> scoped_session[Session]:
+    return scoped_session(sessionmaker())
+
+
+def other_scopefunc() -> scoped_session[Session]:
+    return scoped_session(sessionmaker(), scopefunc=lambda: 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        pytest.param(sessionmaker, TypeError, "is a scoped_session, not", id="a sessionmaker"),
+        pytest.param(Session, TypeError, "is a scoped_session, not", id="a Session"),
+        pytest.param(
+            lambda: create_engine("sqlite://"), TypeError, "is a scoped_session", id="an Engine"
+        ),
+        pytest.param(thread_local, ValueError, "is not current_scope", id="a thread-local one"),
+        pytest.param(other_scopefunc, ValueError, "is not current_scope", id="another scopefunc"),
+        pytest.param(session_class, TypeError, "is not a sessionmaker", id="over a Session class"),
+        pytest.param(plain_function, TypeError, "is not a sessionmaker", id="over a function"),
+    ],
+)
+@pytest.mark.parametrize("user", ["the middleware", "a block"])
+def test_a_registry_that_cannot_work_is_refused(
+    make: Callable[[], Any], kind: type[Exception], message: str, user: str
+) -> None:
+    """What is wrong is said where it is given, and how to make a registry."""
+    given = make()
+
+    with pytest.raises(kind, match=message) as caught:
+        if user == "a block":
+            session_scope(given)
+        else:
+            SessionMiddleware(BODIES["list body"](Program()), given)
+
+    assert "scoped_session(sessionmaker(engine), scopefunc=current_scope)" in str(caught.value)
+
+
+def test_a_block_needs_a_registry() -> None:
+    """None at all is refused, with the mend."""
+    with pytest.raises(ValueError, match=r"no session registry was given: .*scoped_session\("):
+        session_scope()
+
+
+def test_a_registry_is_counted_once(sqlite_registry: scoped_session[Session]) -> None:
+    """Given twice, it takes part once."""
+    with session_scope(sqlite_registry, sqlite_registry) as scope:
+        assert scope.registries == (sqlite_registry,)

@@ -1,0 +1,112 @@
+"""Where a unit of work has its Session."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.models import Database, Note
+from tests.support.wsgi import BODIES, Program, Server, make_environ
+from wsgi_dbsession import NoScopeError, Scope, SessionMiddleware, current_scope, session_scope
+from wsgi_dbsession._scope import SCOPE_CLASS, scopes_in_force
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, scoped_session
+
+
+@pytest.mark.parametrize(
+    "mend", ["SessionMiddleware(app, Session)", "with session_scope(Session)"]
+)
+def test_no_scope_says_what_to_do(sqlite_registry: scoped_session[Session], mend: str) -> None:
+    """Outside of any scope a Session is refused, and the message names the mend."""
+    with pytest.raises(NoScopeError, match="there is no scope here") as caught:
+        sqlite_registry.add(Note())
+
+    assert mend in str(caught.value)
+
+
+def test_a_scope_without_work_costs_nothing(
+    database: Database, registry: scoped_session[Session]
+) -> None:
+    """There is no Session and no connection before the first use."""
+    with session_scope(registry) as scope:
+        assert current_scope() is scope
+        assert not registry.registry.has()
+
+    assert scope.outcome == "commit"
+    assert database.engine.pool.status().startswith("Pool size: 5  Connections in pool: 0 ")
+
+
+def test_a_scope_has_one_session_and_its_own(sqlite_registry: scoped_session[Session]) -> None:
+    """The Session is the same within a scope, and another in the next."""
+    with session_scope(sqlite_registry):
+        first = sqlite_registry()
+        assert sqlite_registry() is first
+    with session_scope(sqlite_registry):
+        assert sqlite_registry() is not first
+
+
+def test_a_scope_tells_about_itself() -> None:
+    """Its repr says what it is of, and what became of it."""
+    scope = Scope((), make_environ("POST", "/notes", SCRIPT_NAME="/app"))
+    assert repr(scope) == f"<Scope of POST /app/notes at {id(scope):#x}: undecided>"
+
+    scope.enter()
+    assert current_scope() is scope
+    scope.end()
+    scope.leave()
+
+    assert repr(scope) == f"<Scope at {id(scope):#x}: commit>"
+
+
+def test_a_request_carries_its_scope(sqlite_registry: scoped_session[Session]) -> None:
+    """The environ has the scope, the scope has the environ while the request lasts, and info."""
+    environ = make_environ()
+    scopes: list[Scope] = []
+
+    def early() -> None:
+        scope = current_scope()
+        scopes.append(scope)
+        assert environ["wsgi_dbsession.scope"] is scope
+        assert scope.environ is environ
+        assert scope.in_step
+        assert (scope.outcome, scope.reason) == (None, None)
+        scope.info["seen"] = True
+
+    Server().run(SessionMiddleware(BODIES["list body"](Program(early)), sqlite_registry), environ)
+
+    (scope,) = scopes
+    assert scope.info == {"seen": True}
+    assert scope.environ is None
+    assert not scope.in_step
+    assert scope.registries == (sqlite_registry,)
+
+
+def test_a_registry_may_have_scopes_of_another_class(
+    sqlite_registry: scoped_session[Session],
+) -> None:
+    """For extras that look on: in a block, and in a request."""
+
+    class Watched(Scope):
+        pass
+
+    setattr(sqlite_registry, SCOPE_CLASS, Watched)
+    kinds: list[type[Scope]] = []
+    app = BODIES["list body"](Program(lambda: kinds.append(type(current_scope()))))
+
+    Server().run(SessionMiddleware(app, sqlite_registry), make_environ())
+    with session_scope(sqlite_registry) as scope:
+        kinds.append(type(scope))
+
+    assert kinds == [Watched, Watched]
+
+
+def test_the_scopes_in_force_are_found_from_the_innermost(
+    sqlite_registry: scoped_session[Session],
+) -> None:
+    """For extras that ask whether a scope of some kind is around them."""
+    with session_scope(sqlite_registry) as outer, session_scope(sqlite_registry) as inner:
+        assert list(scopes_in_force()) == [inner, outer]
+
+    assert list(scopes_in_force()) == []

@@ -1,0 +1,108 @@
+"""Several registries share one outcome."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
+
+from tests.support.models import Book, Database, Note
+from wsgi_dbsession import session_scope
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, scoped_session
+
+    Registry = scoped_session[Session]
+
+
+def test_several_registries_share_the_commit(
+    two: tuple[Registry, Registry], postgres_database: Database, other_postgres_database: Database
+) -> None:
+    """Both are committed."""
+    first, second = two
+    with session_scope(first, second):
+        first.add(Note(text="first"))
+        second.add(Note(text="second"))
+
+    assert postgres_database.notes() == ["first"]
+    assert other_postgres_database.notes() == ["second"]
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_registry_that_was_not_used_does_not_matter(
+    two: tuple[Registry, Registry],
+    postgres_database: Database,
+    other_postgres_database: Database,
+    used: int,
+) -> None:
+    """Whether there is a Session or not, the other one is committed."""
+    with session_scope(*two):
+        two[used].add(Note(text="a"))
+    with session_scope(*two):
+        two[used].add(Note(text="b"))
+        two[1 - used]()
+
+    notes = [postgres_database.notes(), other_postgres_database.notes()]
+    assert notes[used] == ["a", "b"]
+    assert notes[1 - used] == []
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_flush_that_fails_rolls_all_back(
+    two: tuple[Registry, Registry],
+    postgres_database: Database,
+    other_postgres_database: Database,
+    broken: int,
+) -> None:
+    """All are flushed before the first is committed."""
+    with pytest.raises(DBAPIError), session_scope(*two):
+        two[1 - broken].add(Note(text="a"))
+        two[broken].add(Note(text="\0"))  # PostgreSQL has no such text
+
+    assert postgres_database.notes() == []
+    assert other_postgres_database.notes() == []
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_swallowed_failure_is_found_before_the_first_commit(
+    two: tuple[Registry, Registry],
+    postgres_database: Database,
+    other_postgres_database: Database,
+    broken: int,
+) -> None:
+    """A flush that failed before, and whose error was caught, rolls all back, too."""
+    with pytest.raises(PendingRollbackError, match="cannot commit"), session_scope(*two):
+        two[1 - broken].add(Note(text="a"))
+        two[broken].add(Note(text="\0"))
+        with contextlib.suppress(DBAPIError):
+            two[broken].flush()
+
+    assert postgres_database.notes() == []
+    assert other_postgres_database.notes() == []
+
+
+def test_a_first_commit_that_fails_rolls_all_back(
+    two: tuple[Registry, Registry], postgres_database: Database, other_postgres_database: Database
+) -> None:
+    """The others have not been committed by then."""
+    first, second = two
+    with pytest.raises(IntegrityError), session_scope(first, second):
+        first.add(Book(author_id=7))
+        second.add(Note(text="a"))
+
+    assert other_postgres_database.notes() == []
+
+
+def test_a_later_commit_that_fails_cannot_take_back_an_earlier_one(
+    two: tuple[Registry, Registry], postgres_database: Database, other_postgres_database: Database
+) -> None:
+    """That is what two-phase commits are for; the failure is not hidden."""
+    first, second = two
+    with pytest.raises(IntegrityError), session_scope(first, second) as scope:
+        first.add(Note(text="a"))
+        second.add(Book(author_id=7))
+
+    assert scope.outcome == "rollback"
+    assert postgres_database.notes() == ["a"]

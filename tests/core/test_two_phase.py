@@ -1,0 +1,144 @@
+"""Two-phase commits: all or nothing over several databases."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from tests.support.errors import Kill, raise_kill
+from tests.support.models import Book, Database, Note, make_engine
+from tests.support.wsgi import assert_nothing_left, make_registry
+from wsgi_dbsession import session_scope
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from sqlalchemy.orm import Session, scoped_session
+
+    Registry = scoped_session[Session]
+
+
+@pytest.fixture
+def two_phase(
+    postgres_database: Database, other_postgres_database: Database
+) -> Iterator[tuple[Registry, Registry]]:
+    """Two registries with two-phase transactions; none may be left prepared."""
+    registries = (
+        make_registry(postgres_database.engine, twophase=True),
+        make_registry(other_postgres_database.engine, twophase=True),
+    )
+    yield registries
+    assert_nothing_left(*registries)
+
+
+def write_trace(trace: list[str], **engines: Engine) -> None:
+    """Write down what ends transactions, in order."""
+    for name, engine in engines.items():
+        for what in ("prepare_twophase", "commit", "commit_twophase", "rollback"):
+            event.listen(
+                engine, what, lambda *_, line=f"{name} {what}": trace.append(line), named=False
+            )
+
+
+def test_two_phase_transactions_are_prepared_before_any_is_committed(
+    two_phase: tuple[Registry, Registry],
+    postgres_database: Database,
+    other_postgres_database: Database,
+    tmp_path: Path,
+) -> None:
+    """Prepare, commit those that have one phase only, commit the prepared ones."""
+    trace: list[str] = []
+    single = make_registry(make_engine(f"sqlite:///{tmp_path / 'single.db'}"))
+    engine = single.session_factory.kw["bind"]
+    write_trace(trace, a=postgres_database.engine, b=other_postgres_database.engine, single=engine)
+    with session_scope(two_phase[0], single, two_phase[1]):
+        two_phase[0].add(Note(text="a"))
+        two_phase[1].add(Note(text="b"))
+        single.execute(text("CREATE TABLE t (x INTEGER)"))
+
+    assert trace == [
+        "a prepare_twophase",
+        "b prepare_twophase",
+        "single commit",
+        "a commit_twophase",
+        "b commit_twophase",
+    ]
+    assert postgres_database.notes() == ["a"]
+    assert other_postgres_database.notes() == ["b"]
+    engine.dispose()
+
+
+def test_a_single_two_phase_transaction_is_committed(
+    two_phase: tuple[Registry, Registry], postgres_database: Database
+) -> None:
+    """Alone, SQLAlchemy does it all."""
+    with session_scope(*two_phase):
+        two_phase[0].add(Note(text="a"))
+
+    assert postgres_database.notes() == ["a"]
+
+
+def test_savepoints_left_open_are_prepared_with_the_rest(
+    two_phase: tuple[Registry, Registry],
+    postgres_database: Database,
+    other_postgres_database: Database,
+) -> None:
+    """As a commit does it, though prepare() alone would refuse."""
+    with session_scope(*two_phase):
+        for registry in two_phase:
+            registry.begin_nested()
+            registry.begin_nested()
+            registry.add(Note(text="a"))
+
+    assert postgres_database.notes() == ["a"]
+    assert other_postgres_database.notes() == ["a"]
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_prepare_that_fails_rolls_all_back(
+    two_phase: tuple[Registry, Registry],
+    postgres_database: Database,
+    other_postgres_database: Database,
+    broken: int,
+) -> None:
+    """A deferred foreign key fails in PREPARE TRANSACTION; what was prepared is taken back."""
+    with pytest.raises(SQLAlchemyError) as caught, session_scope(*two_phase) as scope:
+        two_phase[1 - broken].add(Note(text="a"))
+        two_phase[broken].add(Book(author_id=7))
+
+    # SQLAlchemy and psycopg let an error of their own cleanup have precedence.
+    chain = [caught.value, caught.value.__context__]
+    assert any(isinstance(error, IntegrityError) for error in chain)
+    assert scope.outcome == "rollback"
+    assert postgres_database.notes() == []
+    assert other_postgres_database.notes() == []
+
+
+@pytest.mark.parametrize("kind", ["an error", "an interruption"])
+def test_a_one_phase_commit_that_fails_takes_the_prepared_ones_back(
+    two_phase: tuple[Registry, Registry],
+    postgres_database: Database,
+    other_postgres_database: Database,
+    sqlite_database: Database,
+    kind: str,
+) -> None:
+    """It comes between prepare and commit; nothing stays prepared, which would keep its locks."""
+    single = make_registry(sqlite_database.engine)
+    if kind == "an interruption":
+        event.listen(single.session_factory, "before_commit", raise_kill)
+
+    with (
+        pytest.raises(IntegrityError if kind == "an error" else Kill),
+        session_scope(*two_phase, single),
+    ):
+        for registry in two_phase:
+            registry.add(Note(text="a"))
+        single.add(Book(author_id=7))
+
+    assert postgres_database.notes() == []
+    assert other_postgres_database.notes() == []
+    assert_nothing_left(single)

@@ -1,0 +1,590 @@
+"""A model of the package: sections 4 and 5 of the design, without SQLAlchemy and without care.
+
+It keeps rows in lists and the scopes in force on a stack, and has nothing to clean up. What it is
+told to do is what the application in :mod:`tests.model.programs` does.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from tests.model.programs import (
+    FINISHED,
+    Application,
+    Boom,
+    Brief,
+    Exchange,
+    Hook,
+    Interruption,
+    Outcome,
+    RegistryName,
+    Statement,
+    name_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+NOTHING = b"nothing"  # not even the end of the body, which is None
+ORPHAN = "orphan"
+INVALID = "invalid"
+
+
+@dataclass(frozen=True, repr=False)
+class Setup(Brief):
+    """How the middleware is made, and on what."""
+
+    commit_on: Literal["complete", "headers", "close"] = "complete"
+    commit_error: bool = False
+    vetoes: bool = True
+    registries: tuple[RegistryName, ...] = ("A",)
+    nested: bool = False  # a second middleware around the first, each with one registry
+    twophase: tuple[RegistryName, ...] = ()
+    aborts: bool = False  # a failed statement spoils its transaction, as it does on PostgreSQL
+
+    def known(self, registry: RegistryName) -> RegistryName:
+        return registry if registry in self.registries else "A"
+
+
+class Refused(SQLAlchemyError):  # noqa: N818 - what it is, in one word
+    """The database, or SQLAlchemy, said no."""
+
+
+def veto(environ: WSGIEnvironment, status: str, headers: list[tuple[str, str]]) -> bool:
+    """Like the default one, with a status for which it fails."""
+    if status.startswith("418"):
+        raise Boom
+    return status[:1] in ("4", "5")
+
+
+def say_sorry(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Answer in place of a response whose commit failed."""
+    start_response("503 Sorry", [])
+    return [b"sorry"]
+
+
+# -- section 5: which -----------------------------------------------------------------------------
+
+
+@dataclass
+class Transaction:
+    """What a Session holds from its first use to the outcome."""
+
+    pending: list[str] = field(default_factory=list)  # not flushed yet
+    rows: list[str] = field(default_factory=list)
+    connected: bool = False
+    aborted: bool = False  # by the database, after a failed statement
+    inactive: bool = False  # by SQLAlchemy, after a failed flush
+
+    def execute(self) -> None:
+        if self.inactive or self.aborted:
+            raise Refused
+        self.connected = True
+
+    def flush(self) -> None:
+        if self.pending:
+            self.connected = True
+            if self.inactive or self.aborted or INVALID in self.pending:
+                self.inactive = True
+                self.pending = []
+                raise Refused
+            self.rows += self.pending
+            self.pending = []
+
+
+@dataclass
+class Connected:
+    """A Session: whether it has a transaction, and whether its next commit is interrupted."""
+
+    twophase: bool
+    transaction: Transaction | None = None
+    trap: bool = False
+
+    def commit(self, committed: list[str]) -> None:
+        transaction = self.transaction or Transaction()
+        if transaction.inactive:
+            raise Refused
+        if self.trap:
+            self.trap = False
+            raise Interruption
+        transaction.flush()
+        if transaction.aborted:
+            if self.twophase:
+                raise Refused  # what the first phase, like a COMMIT, has silently rolled back
+        else:
+            if ORPHAN in transaction.rows:
+                raise Refused
+            committed += transaction.rows
+        self.transaction = None
+
+
+class Unit:
+    """A scope."""
+
+    def __init__(self, model: Model, environ: WSGIEnvironment | None = None) -> None:
+        self.model = model
+        self.environ = environ
+        self.lane = model.lanes
+        model.lanes += 1
+        self.sessions: dict[RegistryName, Connected] = {}
+        self.in_use = False  # the application has asked for the scope, or for a Session
+        self.doomed = False
+        self.kept = False
+        self.hooks: list[tuple[Hook, str]] = []
+        self.decided = False
+        self.failure: BaseException | None = None
+
+    def begun(self) -> list[tuple[RegistryName, Connected]]:
+        return [
+            (name, self.sessions[name])
+            for name in self.model.setup.registries
+            if name in self.sessions and self.sessions[name].transaction is not None
+        ]
+
+    def undecided(self) -> bool:
+        """Say whether there is something to decide, or something new since the last outcome."""
+        return bool(self.hooks or self.begun() or (self.in_use and not self.decided))
+
+    def settle(
+        self,
+        error: BaseException | None = None,
+        complete: bool = True,
+        vetoes: Callable[[], bool] = bool,
+    ) -> None:
+        """The table of section 5, and what follows from it."""
+        self.decided = True
+        vetoed = False
+        try:
+            if error is not None or self.doomed or not complete:
+                outcome: Outcome = "rollback"
+            elif self.kept:
+                outcome = "commit"
+            else:
+                vetoed = vetoes()
+                outcome = "rollback" if vetoed else "commit"
+        except BaseException:
+            self.roll_back()
+            raise
+        if outcome == "rollback":
+            if vetoed:
+                self.say_what_is_discarded()
+            self.roll_back()
+            return
+        try:
+            self.commit()
+        except BaseException as failure:
+            self.failure = failure
+            self.roll_back()
+            if self.environ is not None:
+                self.doomed = True  # whatever the application makes of it, out of write()
+                known = isinstance(failure, Exception)
+                self.model.log.append(
+                    f"ERROR: {'the commit failed' if known else 'nobody knows if it took place'}"
+                )
+            raise
+        self.run_hooks("commit")
+
+    def commit(self) -> None:
+        """All are flushed, the two-phase ones prepared, and then all are committed."""
+        begun = self.begun()
+        several = len(begun) > 1
+        prepared = []
+        for _, session in begun:
+            assert session.transaction is not None
+            if len(self.sessions) > 1:
+                session.transaction.flush()
+        for _, session in begun:
+            transaction = session.transaction
+            assert transaction is not None
+            if transaction.aborted or transaction.inactive:
+                raise Refused
+        for name, session in begun:
+            if several and name in self.model.setup.twophase:
+                rows: list[str] = []
+                session.commit(rows)
+                prepared.append((name, rows))
+        for name, session in begun:
+            if session.transaction is not None:
+                session.commit(self.model.rows(self.lane, name))
+        for name, rows in prepared:
+            self.model.rows(self.lane, name).extend(rows)
+
+    def roll_back(self) -> None:
+        for session in self.sessions.values():
+            session.transaction = None
+        self.run_hooks("rollback")
+
+    def run_hooks(self, outcome: Outcome) -> None:
+        self.model.stack.append(self)
+        while self.hooks:
+            hook, label = self.hooks.pop(0)
+            if hook.when != outcome:
+                continue
+            self.model.hooks_run.append(label)
+            if hook.then == "raise":
+                self.model.log.append("ERROR: a hook failed")
+            elif hook.then == "add":
+                self.model.do("add", "A", label)
+            elif hook.then == "register another":
+                self.hooks.append((Hook(hook.when), f"{label}'"))
+        self.model.stack.pop()
+
+    def say_what_is_discarded(self) -> None:
+        assert self.environ is not None
+        safe = self.environ["REQUEST_METHOD"] in ("GET", "HEAD")
+        for _, session in self.begun():
+            assert session.transaction is not None
+            if not safe or session.transaction.pending:
+                self.model.log.append("INFO: because of its status")
+                return
+
+    def end(
+        self,
+        error: BaseException | None = None,
+        complete: bool = True,
+        vetoes: Callable[[], bool] = bool,
+    ) -> None:
+        try:
+            for _ in range(2):  # again for what a hook began
+                if self.undecided():
+                    self.settle(error, complete, vetoes)
+        except BaseException:
+            if error is None:
+                raise
+        finally:
+            self.sessions.clear()
+            self.hooks.clear()
+
+
+class Model:
+    """What the database holds, and which scopes are in force."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.committed: dict[tuple[int, RegistryName], list[str]] = {}
+        self.lanes = 0
+        self.stack: list[Unit] = []
+        self.units: list[Unit] = []
+        self.hooks_run: list[str] = []
+        self.log: list[str] = []
+        self.lost: list[str] = []
+        self.asked: list[Exchange] = []
+        self.app: WSGIApplication = Reference(self)
+
+    def rows(self, lane: int, registry: RegistryName) -> list[str]:
+        return self.committed.setdefault((lane, registry), [])
+
+    def sessions(self) -> int:
+        return sum(len(unit.sessions) for unit in self.units)
+
+    def connections(self) -> int:
+        return sum(
+            session.transaction is not None and session.transaction.connected
+            for unit in self.units
+            for session in unit.sessions.values()
+        )
+
+    def make_unit(self, environ: WSGIEnvironment | None = None) -> Unit:
+        unit = Unit(self, environ)
+        self.units.append(unit)
+        return unit
+
+    # What the application asks for.
+
+    def exchange(self, environ: WSGIEnvironment) -> Exchange:
+        return Exchange(self.app, environ)
+
+    def begin_request(self, environ: WSGIEnvironment) -> None:
+        pass
+
+    def ask(self, environ: WSGIEnvironment) -> Exchange:
+        self.asked.append(Exchange(self.app, environ))
+        return self.asked[-1]
+
+    def current(self) -> Unit:
+        self.stack[-1].in_use = True
+        return self.stack[-1]
+
+    def say(self, what: Literal["doom", "keep"]) -> None:
+        if what == "doom":
+            self.current().doomed = True
+        else:
+            self.current().kept = True
+
+    def hook(self, hook: Hook, label: str) -> None:
+        self.current().hooks.append((hook, label))
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        unit = self.make_unit()
+        self.stack.append(unit)
+        try:
+            yield
+        except BaseException as error:
+            unit.end(error)
+            raise
+        else:
+            unit.end()
+        finally:
+            self.stack.pop()
+
+    def do(self, statement: Statement, registry: RegistryName, label: str) -> None:
+        registry = self.setup.known(registry)
+        unit = self.current()
+        if statement == "remove":
+            unit.sessions.pop(registry, None)
+            return
+        session = unit.sessions.setdefault(registry, Connected(registry in self.setup.twophase))
+        if statement == "interrupt commit":
+            session.trap = True
+        elif statement == "rollback":
+            session.transaction = None
+        elif statement == "commit":
+            try:
+                session.commit(self.rows(unit.lane, registry))
+            except BaseException:
+                session.transaction = None
+                raise
+        elif statement == "flush":
+            if session.transaction is not None:
+                session.transaction.flush()
+        else:
+            if session.transaction is None:
+                session.transaction = Transaction()
+            self.work(session.transaction, statement, label)
+
+    def work(self, transaction: Transaction, statement: Statement, label: str) -> None:
+        if statement == "add":
+            transaction.pending.append(label)
+        elif statement == "add orphan":
+            transaction.pending.append(ORPHAN)
+        elif statement == "add invalid":
+            transaction.pending.append(INVALID)
+        else:
+            transaction.flush()
+            transaction.execute()
+            if statement.startswith("insert"):
+                transaction.rows.append(label)
+            elif statement == "fail":
+                transaction.aborted = self.setup.aborts
+                raise Refused
+
+
+# -- section 4: when ------------------------------------------------------------------------------
+
+
+class Reference:
+    """The middleware."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.app = Application(model)
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        return Reply(self.model, environ, start_response).call(self.app)
+
+
+class Reply:
+    """One response."""
+
+    def __init__(
+        self, model: Model, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> None:
+        self.model = model
+        self.setup = model.setup
+        self.environ = environ
+        self.unit = model.make_unit(environ)
+        self.stack = [self.unit]  # and whatever scopes the application holds between steps
+        self.status: str | None = None
+        self.headers: list[tuple[str, str]] = []
+        self.exc_info: Any = None
+        self.server = start_response
+        self.is_handed_on = False
+        self.writes: Any = None
+        self.sent = 0
+        self.result: Any = None
+        self.blocks: Any = None
+        self.ahead: bytes | None = NOTHING  # a block that the server has not asked for yet
+        self.complete = False
+        self.over = False
+
+    # The start.
+
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
+    ) -> Callable[[bytes], object]:
+        self.status, self.headers, self.exc_info = status, headers, exc_info
+        if self.is_handed_on or self.setup.commit_on == "close":
+            self.is_handed_on = False
+            self.hand_on_the_start()
+        return self.write
+
+    def hand_on_the_start(self) -> None:
+        """Make sure that the server has it; but nothing that calls a failed commit a success."""
+        if self.unit.failure is not None and (self.status or "2")[0] not in "45":
+            raise self.unit.failure
+        if self.is_handed_on:
+            return
+        assert self.status is not None
+        self.is_handed_on = True
+        exc_info, self.exc_info = self.exc_info, None
+        try:
+            if exc_info is None:
+                self.writes = self.server(self.status, self.headers)
+            else:
+                self.writes = self.server(self.status, self.headers, exc_info)
+        finally:
+            exc_info = None
+
+    def size(self) -> float:
+        """The number of bytes that make the body whole."""
+        assert self.status is not None
+        if self.environ["REQUEST_METHOD"] == "HEAD" or self.status[:3] == "204":
+            return 0
+        declared = [int(value) for name, value in self.headers if name == "Content-Length"]
+        return declared[0] if declared else math.inf
+
+    def vetoes(self) -> bool:
+        assert self.status is not None
+        return self.setup.vetoes and veto(self.environ, self.status, self.headers)
+
+    # The moments.
+
+    def settle_if_this_is_the_moment(self, complete: bool) -> None:
+        first = self.setup.commit_on == "headers" and not self.is_handed_on
+        if self.setup.commit_on != "close" and (complete or first) and self.unit.undecided():
+            self.unit.settle(vetoes=self.vetoes)
+
+    def completes(self, block: bytes) -> bool:
+        return self.sent + len(block) >= self.size()
+
+    def is_answerable(self) -> bool:
+        failed = isinstance(self.unit.failure, Exception)
+        return self.setup.commit_error and failed and self.sent == 0
+
+    def answer(self) -> Iterable[bytes]:
+        """Let the other application answer: in place of what the server has not sent yet."""
+        failure = self.unit.failure
+        assert failure is not None
+        if self.is_handed_on:
+            exc_info: Any = (type(failure), failure, failure.__traceback__)
+            self.server("503 Sorry", [], exc_info)
+        else:
+            self.server("503 Sorry", [])
+        return [b"sorry"]
+
+    # The steps.
+
+    def call(self, app: WSGIApplication) -> Iterable[bytes]:
+        try:
+            with self.step():
+                try:
+                    self.result = app(self.environ, self.start_response)
+                    if self.setup.commit_on == "close":
+                        return self
+                    if self.environ["tests.plan"].body in FINISHED:
+                        self.unit.end(vetoes=self.vetoes)
+                        self.over = True
+                        self.hand_on_the_start()
+                        finished: Iterable[bytes] = self.result
+                        return finished
+                    self.ahead = self.advance()  # some servers take the start when this returns
+                    return self
+                except BaseException as error:
+                    self.finish(error)
+                    raise
+        except Exception:
+            if not self.is_answerable():
+                raise
+            return self.answer()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        block, self.ahead = self.ahead, NOTHING
+        if block is NOTHING:
+            if self.over:
+                rest: bytes = next(self.blocks)
+                return rest
+            try:
+                with self.step():
+                    try:
+                        block = self.advance()
+                    except BaseException as error:
+                        self.finish(error)
+                        raise
+            except Exception:
+                if not self.is_answerable():
+                    raise
+                return b"".join(self.answer())
+        if block is None:
+            raise StopIteration
+        return block
+
+    def advance(self) -> bytes | None:
+        """Get a block from the application, settle if this is the moment, hand on the start."""
+        if self.blocks is None:
+            self.blocks = iter(self.result)
+        block: bytes | None = next(self.blocks, None)
+        if block is None or self.completes(block):
+            self.complete = True
+            if block is not None and self.size() == 0 and self.setup.commit_on == "complete":
+                for _ in self.blocks:  # no body: the headers are the last moment
+                    pass
+        self.settle_if_this_is_the_moment(self.complete)
+        self.hand_on_the_start()
+        self.sent += len(block or b"")
+        return block
+
+    def write(self, block: bytes, /) -> None:
+        if self.size() == 0 and self.setup.commit_on == "complete":
+            return
+        self.settle_if_this_is_the_moment(self.completes(block))
+        self.hand_on_the_start()
+        self.sent += len(block)
+        self.writes(block)
+
+    def close(self) -> None:
+        unsent = self.blocks is None and self.status is not None and self.size() == 0
+        self.ahead = NOTHING
+        if not self.over:
+            with self.step():
+                self.finish(complete=self.complete or unsent)
+
+    def forgotten(self) -> None:
+        """Be what the package notices by itself."""
+        if not self.over:
+            try:
+                with self.step():
+                    self.finish()
+            except BaseException as error:
+                self.model.lost.append(name_of(error))
+
+    def finish(self, error: BaseException | None = None, complete: bool = False) -> None:
+        self.over = True
+        result, self.result, self.blocks = self.result, (), iter(())
+        try:
+            if hasattr(result, "close"):
+                result.close()
+        except BaseException as failure:
+            self.unit.end(error or failure)
+            if error is None:
+                raise
+            return
+        self.unit.end(error, complete, self.vetoes)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        outer, self.model.stack = self.model.stack, self.stack
+        try:
+            yield
+        finally:
+            self.model.stack = outer

@@ -1,0 +1,106 @@
+"""``run_transaction``: work outside of requests runs again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from tests.retry.applications import Race, Restless, list_app, protect
+from tests.retry.commits import COMMITS
+from tests.support.wsgi import drive, make_registry
+from wsgi_dbsession.retry import Retry, run_transaction
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy.orm import Session, scoped_session
+
+    from tests.support.models import Database
+
+
+def test_a_job_that_lost_a_race_is_run_again(
+    race: Race, postgres_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``run_transaction`` returns what the function returned in the attempt that was committed."""
+    caplog.set_level(logging.INFO)
+
+    def job() -> int:
+        race.run()
+        return race.attempts
+
+    assert run_transaction(job, race.registry, backoff=0) == 2
+    assert sorted(postgres_database.notes()) == race.done()
+    (message,) = caplog.messages
+    assert message == (
+        "test_a_job_that_lost_a_race_is_run_again.<locals>.job(): attempt 1 of 3 failed with "
+        "SerializationFailure (40001); the next one begins in 0.000 s"
+    )
+
+
+def test_a_job_that_swallowed_a_lost_race_is_run_again(
+    statement_race: Race, postgres_database: Database
+) -> None:
+    """It cannot commit, and the reason is known."""
+
+    def job() -> None:
+        with contextlib.suppress(OperationalError):
+            statement_race.run()
+
+    run_transaction(job, statement_race.registry, backoff=0)
+    assert postgres_database.notes() == statement_race.done()
+
+
+def test_the_last_error_of_a_job_is_raised(race: Race) -> None:
+    """When attempts run out, the caller hears of it."""
+    race.lost = 9
+    with pytest.raises(OperationalError):
+        run_transaction(race.run, race.registry, attempts=4, backoff=0)
+    assert race.attempts == 4
+
+
+@pytest.mark.parametrize("by", [name for name in COMMITS if name != "a request in the request"])
+def test_a_job_is_not_run_again_once_something_was_committed(
+    by: str, postgres_database: Database
+) -> None:
+    """The rules are those of requests."""
+    registry = make_registry(postgres_database.engine)
+    work = Restless(lambda: COMMITS[by](registry))
+
+    with pytest.raises(Retry):
+        run_transaction(work, registry, backoff=0)
+
+    assert (work.attempts, postgres_database.notes()) == (1, ["kept"])
+
+
+def test_a_job_inside_of_a_request_is_a_unit_of_its_own(
+    statement_race: Race, postgres_database: Database
+) -> None:
+    """It is run again by itself; what it committed forbids another try of the request."""
+    requests: list[None] = []
+
+    def work() -> None:
+        requests.append(None)
+        run_transaction(statement_race.run, statement_race.registry, backoff=0)
+        raise Retry
+
+    with pytest.raises(Retry):
+        drive(protect(list_app(work), statement_race.registry), "POST")
+
+    assert (len(requests), statement_race.attempts) == (1, 2)
+    assert postgres_database.notes() == statement_race.done()
+
+
+def test_a_job_that_would_run_after_its_block_is_refused(plain: scoped_session[Session]) -> None:
+    """A generator function has done nothing when its call returns."""
+
+    def job() -> Iterator[None]:
+        yield
+
+    with pytest.raises(TypeError, match="runs after its call has returned"):
+        run_transaction(job, plain)
+    with pytest.raises(ValueError, match="no session registry was given"):
+        run_transaction(lambda: None)

@@ -1,0 +1,124 @@
+"""Requests in requests, and what the constructors refuse."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from wsgiref.validate import validator
+
+import pytest
+
+from tests.retry.applications import SIZED, Race, Restless, list_app, protect
+from tests.support.wsgi import drive
+from wsgi_dbsession import SessionMiddleware
+from wsgi_dbsession.retry import Retry, RetryMiddleware, run_transaction
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from sqlalchemy.orm import Session, scoped_session
+
+    from tests.support.models import Database
+
+
+# -- requests in requests -------------------------------------------------------------------------
+
+
+def test_the_outermost_middleware_decides(plain: scoped_session[Session]) -> None:
+    """A protected application inside of another one leaves its failure to that one."""
+    work = Restless()
+    inner = protect(list_app(work), plain, attempts=9)
+
+    with pytest.raises(Retry):
+        drive(protect(inner, plain))
+
+    assert work.attempts == 3
+
+
+def test_a_request_in_a_request_is_a_unit_of_its_own(
+    statement_race: Race, postgres_database: Database
+) -> None:
+    """It is run again by itself; what it committed forbids another try of the outer one."""
+    outer_attempts: list[None] = []
+    protected = protect(list_app(statement_race.run), statement_race.registry)
+
+    def outer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        outer_attempts.append(None)
+        assert drive(protected, **environ).body == b"done"
+        raise Retry
+
+    with pytest.raises(Retry):
+        drive(protect(outer, statement_race.registry))
+
+    assert (len(outer_attempts), statement_race.attempts) == (1, 2)
+    assert postgres_database.notes() == statement_race.done()
+
+
+@pytest.mark.parametrize("copied", [True, False], ids=["copied environ", "new environ"])
+def test_a_lost_race_of_a_request_in_a_request_is_one_of_the_outer(
+    copied: bool, race: Race, postgres_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without protection of its own, its error page makes the outer one run again."""
+    unprotected = SessionMiddleware(list_app(race.run), race.registry)
+
+    def outer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        reply = drive(unprotected, "POST", **(environ if copied else {}))
+        start_response(reply.status, SIZED)
+        return reply.written
+
+    assert drive(protect(outer, race.registry), "POST").body == b"done"
+    assert sorted(postgres_database.notes()) == race.done()
+    # The failed commit of the inner one is not known to be run again, so it is logged.
+    assert len(caplog.records) == (race.at == "commit")
+
+
+# -- constructors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        pytest.param({"attempts": 0}, ValueError, "attempts is a number from 1", id="no attempt"),
+        pytest.param({"max_body": -1}, ValueError, "max_body is a number of bytes", id="body"),
+        pytest.param({"backoff": -1}, ValueError, "backoff is a number of seconds", id="backoff"),
+        pytest.param({"max_backoff": -1}, ValueError, "max_backoff is", id="largest backoff"),
+        pytest.param({"give_up_after": -1}, ValueError, "give_up_after is", id="time"),
+        pytest.param({"also": Retry()}, TypeError, "also is a callable", id="predicate"),
+    ],
+)
+def test_a_wrong_argument_is_refused_when_the_application_is_built(
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    plain: scoped_session[Session],
+) -> None:
+    """The message names the argument and what it should be."""
+    app = SessionMiddleware(list_app(lambda: None), plain)
+
+    with pytest.raises(error, match=message):
+        RetryMiddleware(app, **arguments)
+    if "max_body" not in arguments:
+        with pytest.raises(error, match=message):
+            run_transaction(lambda: None, plain, **arguments)
+
+
+def test_the_wrong_order_is_refused_when_the_application_is_built(
+    plain: scoped_session[Session],
+) -> None:
+    """Inside of SessionMiddleware nothing can be undone, and around anything else neither."""
+    app: Any = list_app(lambda: None)
+
+    with pytest.raises(TypeError, match=r"RetryMiddleware\(SessionMiddleware\(app, Session\)\)"):
+        SessionMiddleware(RetryMiddleware(app), plain)
+    with pytest.raises(TypeError, match="Other middleware goes around both, or inside of both"):
+        RetryMiddleware(validator(SessionMiddleware(app, plain)))  # type: ignore[arg-type]
+
+
+def test_a_middleware_inside_of_an_unprotected_scope_says_so(
+    plain: scoped_session[Session],
+) -> None:
+    """The mistake that no constructor can see is told with the first request."""
+    app = SessionMiddleware(protect(list_app(lambda: None), plain), plain)
+
+    with pytest.raises(RuntimeError, match="put it around the outermost"):
+        drive(app)

@@ -1,0 +1,278 @@
+"""The plugin for pytest, each time in a test run of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import create_engine, func, select
+from sqlalchemy.pool import NullPool
+
+from tests.support.models import Base, Note
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sqlalchemy import URL
+
+pytest_plugins = ["pytester"]
+
+SHOP = """
+    import os
+
+    from sqlalchemy import create_engine
+    from sqlalchemy.orm import scoped_session, sessionmaker
+
+    from tests.support.models import Base, Note
+    from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
+
+    engine = create_engine(os.environ["SHOP_URL"])
+    Session = scoped_session(sessionmaker(engine), scopefunc=current_scope)
+
+
+    def add(text):
+        with session_scope(Session):
+            Session.add(Note(text=text))
+
+
+    def notes():
+        with session_scope(Session):
+            return [note.text for note in Session.query(Note).order_by(Note.id)]
+
+
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        Session.add(Note(text="half"))
+        Session.flush()
+        yield b"first"
+        yield b"second"
+
+
+    app = SessionMiddleware(app, Session)
+"""
+
+ONE_LINE = """
+    [pytest]
+    wsgi_dbsession_registries = shop:Session
+"""
+
+
+@pytest.fixture
+def shop(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """An application with a SQLite file, and pytest configured by one line."""
+    url = f"sqlite:///{pytester.path / 'shop.db'}"
+    engine = create_engine(url)
+    Base.metadata.create_all(engine)
+    engine.dispose()
+    monkeypatch.setenv("SHOP_URL", url)
+    pytester.makepyfile(shop=SHOP)
+    pytester.makeini(ONE_LINE)
+    return pytester
+
+
+def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
+    return pytester.runpytest_inprocess("-W", "error", "-p", "no:randomly", *arguments)
+
+
+def rows(pytester: pytest.Pytester) -> int | None:
+    engine = create_engine(f"sqlite:///{pytester.path / 'shop.db'}", poolclass=NullPool)
+    with engine.connect() as connection:
+        return connection.scalar(select(func.count(Note.id)))
+
+
+def test_one_line_of_configuration_will_do(shop: pytest.Pytester) -> None:
+    """Each test finds the database as the one before it did, and no row is left."""
+    shop.makepyfile(
+        """
+        import pytest
+        from shop import add, notes
+
+        @pytest.mark.parametrize("number", [1, 2])
+        def test_it(isolation, number):
+            assert notes() == []
+            add("a")
+            assert notes() == ["a"]
+            assert isolation[1].outcome == "commit"
+        """
+    )
+    run(shop).assert_outcomes(passed=2)
+    assert rows(shop) == 0
+
+
+def test_classes_and_modules_are_isolated_as_a_whole(shop: pytest.Pytester) -> None:
+    """What a fixture of theirs adds is there for each of their tests, and for no other."""
+    shop.makepyfile(
+        test_one="""
+        import pytest
+        from shop import add, notes
+
+        @pytest.fixture(scope="module", autouse=True)
+        def for_the_module(module_isolation):
+            add("module")
+
+        @pytest.fixture(scope="class")
+        def for_the_class(class_isolation):
+            add("class")
+
+        @pytest.mark.usefixtures("for_the_class")
+        class TestOne:
+            def test_it_builds_up(self):
+                assert notes() == ["module", "class"]
+                add("test")
+
+            def test_it_stands_on_the_one_before(self, isolation):
+                assert notes() == ["module", "class", "test"]
+                add("isolated")
+
+            def test_it_is_not_disturbed(self):
+                assert notes() == ["module", "class", "test"]
+
+        def test_the_class_is_over(isolation):
+            assert notes() == ["module"]
+        """,
+        test_two="""
+        from shop import notes
+
+        def test_the_module_is_over(isolation):
+            assert notes() == []
+        """,
+    )
+    run(shop).assert_outcomes(passed=5)
+    assert rows(shop) == 0
+
+
+def test_outcomes_are_visible_without_isolation(shop: pytest.Pytester) -> None:
+    """Then what is committed stays."""
+    shop.makepyfile(
+        """
+        from shop import add
+
+        def test_it(outcomes):
+            add("a")
+            assert [each.reason for each in outcomes] == ["complete"]
+        """
+    )
+    run(shop).assert_outcomes(passed=1)
+    assert rows(shop) == 1
+
+
+def test_a_fixture_may_name_the_registries(shop: pytest.Pytester) -> None:
+    """For an application whose registry is made by a function."""
+    shop.makeini("[pytest]")
+    shop.makepyfile(
+        """
+        import pytest
+        import shop
+
+        @pytest.fixture(scope="module")
+        def session_registries():
+            return [shop.Session]
+
+        def test_it(module_isolation, outcomes):
+            shop.add("a")
+            assert len(outcomes) == len(module_isolation) == 1
+        """
+    )
+    run(shop).assert_outcomes(passed=1)
+    assert rows(shop) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        pytest.param("", "which session registries are to be isolated?", id="nothing"),
+        pytest.param("shop", "names 'shop', which cannot be found", id="no name"),
+        pytest.param("shop:Sessions", "no attribute 'Sessions'", id="another name"),
+        pytest.param("shops:Session", "No module named 'shops'", id="another module"),
+    ],
+)
+def test_a_wrong_configuration_is_explained(
+    shop: pytest.Pytester, line: str, complaint: str
+) -> None:
+    """With what to write instead."""
+    shop.makeini(f"[pytest]\nwsgi_dbsession_registries = {line}")
+    shop.makepyfile("def test_it(isolation): pass")
+    result = run(shop)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([f"*{complaint}*"])
+
+
+def test_a_leak_fails_its_test_and_no_other(shop: pytest.Pytester) -> None:
+    """The report names the line of the test, without a traceback of the plugin."""
+    shop.makepyfile(
+        """
+        from shop import add, app, notes
+
+        kept = []
+
+        def test_it_leaks(isolation):
+            response = app({"REQUEST_METHOD": "GET", "PATH_INFO": "/feed"}, lambda *_: None)
+            kept.append(response)
+            next(response)
+
+        def test_the_next_one(isolation):
+            add("a")
+            assert notes() == ["a"]
+        """
+    )
+    result = run(shop)
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*ERROR at teardown of test_it_leaks*",
+            "the scope of GET /feed was never ended. It was opened at *.py:6 in test_it_leaks.*",
+        ]
+    )
+    result.stdout.no_fnmatch_line("*pytest_plugin.py*")
+    assert rows(shop) == 0
+
+
+@pytest.mark.parametrize("database", ["one file for each worker", "one PostgreSQL for all"])
+def test_workers_of_xdist_do_not_disturb_each_other(
+    shop: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+    postgres_url: URL,
+    tmp_path: Path,
+    database: str,
+) -> None:
+    """The isolation is that of the database; SQLite has one writer at a time."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # it may be of this run
+    shared = database == "one PostgreSQL for all"
+    if shared:
+        monkeypatch.setenv("SHOP_URL", postgres_url.render_as_string(hide_password=False))
+    else:
+        monkeypatch.setenv("SHOP_URL", f"sqlite:///{tmp_path}/WORKER.db")
+        shop.makeconftest(
+            """
+            import os
+
+            if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+                os.environ["SHOP_URL"] = os.environ["SHOP_URL"].replace("WORKER", worker)
+            """
+        )
+    shop.makepyfile(
+        """
+        import pytest
+        from shop import Base, add, engine, notes
+
+        @pytest.fixture(scope="session", autouse=True)
+        def tables():
+            Base.metadata.create_all(engine)
+
+        @pytest.mark.parametrize("number", range(8))
+        def test_it(isolation, number):
+            assert notes() == []
+            for each in range(3):
+                add(str(number))
+            assert notes() == [str(number)] * 3
+        """
+    )
+    result = shop.runpytest_subprocess("-W", "error", "-n", "2")
+    result.assert_outcomes(passed=8)
+
+    urls = [postgres_url] if shared else [f"sqlite:///{each}" for each in tmp_path.glob("gw*.db")]
+    assert len(urls) == (1 if shared else 2)
+    for url in urls:
+        engine = create_engine(url, poolclass=NullPool)
+        with engine.connect() as connection:
+            assert connection.scalar(select(func.count(Note.id))) == 0

@@ -7,6 +7,7 @@
 #   make docs             build the site into build/docs
 #   make docs-servers     run the tests of the servers, and write docs/servers.md from what they see
 #   make tox              those of "make test" on each Python that is here, with each SQLAlchemy
+#   make release-check    what must hold before a release (DIST=dist: leave the files there)
 #   make clean            remove whatever these have made
 #
 # PYTHON=python3.12 takes another interpreter than python3 (after "make clean").
@@ -30,7 +31,7 @@ endef
 pip_install = -m pip install --quiet --disable-pip-version-check --editable . --group
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all unit unit-all lint types format bench docs docs-servers tox clean
+.PHONY: help demo test test-all unit unit-all lint types format bench docs docs-servers release-check tox clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -69,6 +70,9 @@ docs: $(VENV)/.installed-docs
 
 docs-servers: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.servers.report
+
+release-check: $(VENV)/.installed-release
+	$(BIN)/python -m tests.release.check $(DIST)
 
 tox: $(VENV)/.installed-dev
 	$(BIN)/tox run $(ARGS)

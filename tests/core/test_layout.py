@@ -16,6 +16,7 @@ FLOORS = {
     "_scope": 2,
     "_response": 3,
     "_middleware": 4,
+    "_version": 0,
     # An extra may be a package, with floors of its own.
     "testing._place": 5,
     "testing._outcomes": 6,

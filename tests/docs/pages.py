@@ -25,15 +25,17 @@ def blocks(page: str, language: str = "python") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """Return the variables of a process that finds the package of this checkout."""
-    kept = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
-    return {
-        **kept,
-        "PYTHONPATH": str(ROOT),
-        "PYTHONUNBUFFERED": "1",
-        **variables,
-    }
+def environment(python: str = sys.executable, **variables: str) -> dict[str, str]:
+    """Return the variables of a process.
+
+    :param python: the interpreter. This one finds the package of the checkout, another one has it
+        installed.
+    """
+    ours = ("DATABASE_URL", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    if python == sys.executable:
+        kept["PYTHONPATH"] = str(ROOT)
+    return {**kept, "PYTHONUNBUFFERED": "1", **variables}
 
 
 def run(
@@ -47,7 +49,7 @@ def run(
     done = subprocess.run(
         [python, "-m", *command],
         cwd=folder,
-        env=environment(**variables),
+        env=environment(python, **variables),
         check=False,
         input=words,
         capture_output=True,
@@ -55,7 +57,8 @@ def run(
         timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    output: str = done.stdout
+    return output
 
 
 def unused_port() -> int:
@@ -74,7 +77,7 @@ def serving(folder: Path, command: list[str], port: int) -> Iterator[str]:
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env=environment(),
+            env=environment(command[0]),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

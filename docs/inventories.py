@@ -32,7 +32,7 @@ PAGES: dict[str, dict[str, str]] = {
             collections.abc.Callable collections.abc.Iterable collections.abc.Iterator
             collections.abc.Mapping collections.abc.Sequence collections.abc.Generator
         """,
-        "library/contextvars.html": "contextvars.ContextVar contextvars.copy_context",
+        "library/contextvars.html": "contextvars.Context contextvars.ContextVar",
         "library/contextlib.html": "contextlib.AbstractContextManager",
         "library/exceptions.html": """
             builtins.AssertionError builtins.BaseException builtins.Exception builtins.OSError

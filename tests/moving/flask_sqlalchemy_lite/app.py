@@ -2,7 +2,7 @@
 
 import os
 
-from flask import Flask, request
+from flask import Flask, abort, request
 from flask_sqlalchemy_lite import SQLAlchemy
 from sqlalchemy import select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -41,7 +41,8 @@ def create_app():
 
     @app.post("/tasks/<int:task_id>/done")
     def finish(task_id):
-        db.get_or_abort(Task, task_id).done = True
+        task = db.session.get(Task, task_id) or abort(404)
+        task.done = True
         return "", 204
 
     @app.get("/tasks.csv")

@@ -43,9 +43,11 @@ def lines(document: str) -> Iterator[Prose]:
         text = line.strip()
         mark = re.match(r"(`{3,}|:{3,})", text)
         if fence:
-            fence = "" if text == fence else fence
+            fence = "" if text.endswith(fence) else fence
         elif mark:
             fence = mark[1]
+        elif text.startswith("<!--") and "-->" not in text:
+            fence = "-->"
         elif text and not re.match(r"[#|]|<!--|!\[|Next: ", text):
             yield Prose(number, re.sub(r"^([-*]|\d+\.) +", "", text))
 

@@ -17,6 +17,7 @@ FLOORS = {
     "_report": 0,
     "_start": 0,
     "_step": 0,
+    "_version": 0,
     "_hooks": 1,
     "_transaction": 1,
     "_outcome": 2,

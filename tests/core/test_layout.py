@@ -37,7 +37,6 @@ FLOORS = {
     "testing._engine": 10,
     "testing._isolation": 11,
     "idempotency._problem": 6,
-    "idempotency._start": 6,
     "idempotency._table": 6,
     "idempotency._request": 7,
     "idempotency._rows": 7,

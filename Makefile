@@ -5,6 +5,7 @@
 #   make test-all         the same with all tests: servers, frameworks, clusters, long ones
 #   make bench            measure, 10 minutes (QUICK=1: only see that it runs; ARGS=held: one part)
 #   make docs-servers     run the tests of the servers, and write docs/servers.md from what they see
+#   make docs-promises    write tests/PROMISES.md from the marks of the tests
 #   make tox              those of "make test" on each Python that is here, with each SQLAlchemy
 #   make clean            remove whatever these have made
 #
@@ -29,7 +30,7 @@ endef
 pip_install = -m pip install --quiet --disable-pip-version-check --editable . --group
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all unit unit-all lint types format bench docs-servers tox clean
+.PHONY: help demo test test-all unit unit-all lint types format bench docs-servers docs-promises tox clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -65,6 +66,9 @@ bench: $(BENCH_VENV)/.installed-bench
 
 docs-servers: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.servers.report
+
+docs-promises: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.support.promises
 
 tox: $(VENV)/.installed-dev
 	$(BIN)/tox run $(ARGS)

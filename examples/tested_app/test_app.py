@@ -71,7 +71,7 @@ def test_a_failed_login_is_counted_in_spite_of_the_status(
 
     assert isolation[-1].reason == "kept"
     with session_scope(Session):
-        assert Session.get_one(Guest, guest).failed_logins == 1
+        assert Session.scalars(select(Guest.failed_logins).filter_by(name=guest)).one() == 1
 
 
 @pytest.fixture(scope="class")

@@ -11,13 +11,21 @@ import pytest
 
 PACKAGE = "wsgi_dbsession"
 FLOORS = {
+    "_driver": 0,
     "_fork": 0,
+    "_place": 0,
+    "_report": 0,
+    "_start": 0,
+    "_step": 0,
+    "_hooks": 1,
     "_transaction": 1,
-    "_scope": 2,
-    "_response": 3,
-    "_middleware": 4,
+    "_outcome": 2,
+    "_scope": 3,
+    "_registry": 4,
+    "_response": 4,
+    "_block": 5,
+    "_middleware": 5,
     # An extra may be a package, with floors of its own.
-    "testing._place": 5,
     "testing._outcomes": 6,
     "testing._shared": 6,
     "testing._isolation": 7,

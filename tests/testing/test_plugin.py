@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -71,7 +72,16 @@ def shop(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.P
 
 
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    return pytester.runpytest_inprocess("-W", "error", "-p", "no:randomly", *arguments)
+    options = ("-W", "error", "-p", "no:randomly")
+    return pytester.runpytest_inprocess(*options, *arguments, plugins=[CloseShop()])
+
+
+class CloseShop:
+    """Closes the connections of an application that ends together with its test run."""
+
+    def pytest_unconfigure(self) -> None:
+        if "shop" in sys.modules:
+            sys.modules["shop"].engine.dispose()
 
 
 def rows(pytester: pytest.Pytester) -> int | None:
@@ -177,6 +187,7 @@ def test_a_fixture_may_name_the_registries(shop: pytest.Pytester) -> None:
     assert rows(shop) == 0
 
 
+@pytest.mark.promise("constructors")
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -197,6 +208,7 @@ def test_a_wrong_configuration_is_explained(
     result.stdout.fnmatch_lines([f"*{complaint}*"])
 
 
+@pytest.mark.promise("leaks")
 def test_a_leak_fails_its_test_and_no_other(shop: pytest.Pytester) -> None:
     """The report names the line of the test, without a traceback of the plugin."""
     shop.makepyfile(
@@ -227,6 +239,7 @@ def test_a_leak_fails_its_test_and_no_other(shop: pytest.Pytester) -> None:
     assert rows(shop) == 0
 
 
+@pytest.mark.promise("nothing remains")
 @pytest.mark.parametrize("database", ["one file for each worker", "one PostgreSQL for all"])
 def test_workers_of_xdist_do_not_disturb_each_other(
     shop: pytest.Pytester,

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session
 
-from wsgi_dbsession._scope import check_registries, scopes_in_force
-from wsgi_dbsession._transaction import log
+from wsgi_dbsession._registry import adopt
+from wsgi_dbsession._report import log
+from wsgi_dbsession._scope import find_scope
 
 from ._outcomes import record_outcomes
 from ._shared import IsolatedEngine, SharedConnection
@@ -52,7 +53,8 @@ def isolate(*registries: scoped_session[Any], wait: float = 5) -> Generator[list
     :raises RuntimeError: at the end of the block, if a scope or a transaction was left open, or if
         a rollback has undone what another transaction had committed.
     """
-    checked = check_registries(registries)
+    adopt(registries)
+    checked = tuple(dict.fromkeys(registries))
     problems: list[str] = []
     with record_outcomes(*checked) as outcomes:
         isolation = _Isolation(wait)
@@ -102,14 +104,14 @@ def _open(outcomes: list[Recorded]) -> list[Recorded]:
 
 def _abandon(scope: Scope) -> None:
     if not scope.in_step:
-        scope.enter()
         try:
-            scope.end(complete=False)
+            scope.enter()
+            scope.close(complete=False)
         finally:
             scope.leave()
-    elif next(scopes_in_force(), None) is scope:
+    elif find_scope() is scope:
         try:
-            scope.end(complete=False)
+            scope.close(complete=False)
         finally:
             scope.leave_block()
     # Else it is at work in another thread or generator, and finds its connection gone.

@@ -20,9 +20,8 @@ from sqlalchemy import Connection, exc
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool import SingletonThreadPool
 
-from wsgi_dbsession._transaction import log
-
-from ._place import place
+from wsgi_dbsession._place import application_line
+from wsgi_dbsession._report import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -541,7 +540,7 @@ class IsolatedConnection(Connection):
 
     def _begin(self) -> None:
         self.thread = threading.get_ident()
-        self.opened = place()
+        self.opened = application_line()
         self.undone = None
         self.began = self.shared.begin(self)
 

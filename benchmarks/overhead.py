@@ -8,14 +8,8 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import chart, instructions, report
-from benchmarks.applications import (
-    APPLICATIONS,
-    BY_HAND,
-    NONE,
-    OURS,
-    make_application,
-    make_engine,
-)
+from benchmarks.applications.common import BY_HAND, NONE, OURS, make_engine
+from benchmarks.applications.every import APPLICATIONS, make_application
 from benchmarks.timing import check, difference, interleave, ratio, serve
 from wsgi_dbsession import SessionMiddleware
 from wsgi_dbsession.retry import RetryMiddleware

@@ -266,7 +266,7 @@ def test_sqlite_needs_no_recipe(tmp_path: Path, options: dict[str, Any]) -> None
 def test_sqlites_own_rollback_ends_the_isolation(sqlite_database: Database) -> None:
     """It undoes the outer transaction, so what follows would be committed."""
     registry = make_registry(sqlite_database.engine)
-    with problem("SQLite has rolled back"), isolate(registry):
+    with problem("was rolled back", "ON CONFLICT ROLLBACK"), isolate(registry):
         add(registry, "a")
         with contextlib.suppress(Exception), session_scope(registry):
             registry.execute(insert(Note).values(id=1).prefix_with("OR ROLLBACK"))

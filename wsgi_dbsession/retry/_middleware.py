@@ -72,7 +72,7 @@ class RetryMiddleware:
             msg = (
                 f"app must be a SessionMiddleware, got {app!r}. Write "
                 "RetryMiddleware(SessionMiddleware(app, Session)), with other middleware around "
-                "both or inside of both."
+                "both or inside of both"
             )
             raise TypeError(msg)
         check_not_negative("max_body", max_body, "bytes")
@@ -92,7 +92,7 @@ class RetryMiddleware:
             msg = (
                 "RetryMiddleware is inside of a SessionMiddleware, so it cannot undo an attempt. "
                 "Put it around the outermost one: "
-                "RetryMiddleware(SessionMiddleware(app, Session))."
+                "RetryMiddleware(SessionMiddleware(app, Session))"
             )
             raise RuntimeError(msg)
         request = Request(self._policy, self.app, environ, start_response, self._max_body)

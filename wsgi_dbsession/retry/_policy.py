@@ -38,14 +38,14 @@ class Policy(NamedTuple):
         :raises ValueError: a number is too small.
         """
         if self.attempts < 1:
-            msg = f"attempts must be at least 1, got {self.attempts!r}. Count the first one too."
+            msg = f"attempts must be at least 1, got {self.attempts!r}. Count the first one too"
             raise ValueError(msg)
         for name in ("backoff", "backoff_max", "timeout"):
             check_not_negative(name, getattr(self, name), "seconds")
         if not _is_choice(self.on):
             msg = (
                 "on must be an exception class, a tuple of them, or callable, got "
-                f"{self.on!r}. Pass, for example, on=StaleDataError."
+                f"{self.on!r}. Pass, for example, on=StaleDataError"
             )
             raise TypeError(msg)
         return self
@@ -81,7 +81,7 @@ def check_not_negative(name: str, value: float, unit: str) -> None:
     :raises ValueError: it is negative.
     """
     if not value >= 0:
-        msg = f"{name} must be at least 0, got {value!r}. Pass a number of {unit}."
+        msg = f"{name} must be at least 0, got {value!r}. Pass a number of {unit}"
         raise ValueError(msg)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import statistics
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,9 @@ def measure(urls: dict[str, str], *, quick: bool) -> dict[str, Any]:
                     if framework == "bare WSGI":
                         ours = applications[OURS]
                         assert isinstance(ours, SessionMiddleware)
-                        calls[RETRY] = functools.partial(serve, RetryMiddleware(ours), path)
+                        # A copy: the retry adds an observer to it.
+                        retry = RetryMiddleware(copy.copy(ours))
+                        calls[RETRY] = functools.partial(serve, retry, path)
                     found[body] = interleave(calls, rounds=rounds, seconds=seconds)
             work = WORK | (SELECT_BODIES if framework == "bare WSGI" else {})
             for name, path in work.items():

@@ -1,10 +1,11 @@
 # Needs Python 3.10 or newer and make; everything else is installed into .venv from PyPI.
 #
 #   make demo             run the example application (ONCE=1: its checks only, then end)
-#   make test             tests with coverage, lint, types (ARGS="-k commit" goes to pytest)
+#   make test             two minutes of tests, with coverage, lint, types (ARGS="-k commit": these)
+#   make test-all         the same with all tests: servers, frameworks, clusters, long ones
 #   make bench            measure, 10 minutes (QUICK=1: only see that it runs; ARGS=held: one part)
 #   make docs-servers     run the tests of the servers, and write docs/servers.md from what they see
-#   make tox              the tests on each Python that is here, with each SQLAlchemy
+#   make tox              those of "make test" on each Python that is here, with each SQLAlchemy
 #   make clean            remove whatever these have made
 #
 # PYTHON=python3.12 takes another interpreter than python3 (after "make clean").
@@ -28,7 +29,7 @@ endef
 pip_install = -m pip install --quiet --disable-pip-version-check --editable . --group
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test unit lint types format bench docs-servers tox clean
+.PHONY: help demo test test-all unit unit-all lint types format bench docs-servers tox clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -38,9 +39,12 @@ demo: $(VENV)/.installed-examples
 
 test: unit lint types
 
-unit: $(VENV)/.installed-dev
+test-all: unit-all lint types
+
+unit: RING := -m first
+unit unit-all: $(VENV)/.installed-dev
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(BIN)/coverage run -m pytest $(RING) -n $(WORKERS) --dist loadgroup $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

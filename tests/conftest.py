@@ -23,6 +23,20 @@ if TYPE_CHECKING:
 
 DIRECTORY = pytest.StashKey[Path]()
 
+# The rings of the tests but the first. A directory of that name is in it, wherever it stands; a
+# module and a test say it by a marker.
+RINGS = ("servers", "frameworks", "clusters", "long")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects what its option -m asks for
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its ring."""
+    for item in items:
+        for ring in set(RINGS).intersection(item.nodeid.partition("::")[0].split("/")):
+            item.add_marker(ring)
+        if not any(map(item.get_closest_marker, RINGS)):
+            item.add_marker("first")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give the run's workers a place to share one PostgreSQL server."""

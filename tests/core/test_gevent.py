@@ -38,6 +38,7 @@ def start(
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_killed_and_timed_out_greenlets_leave_nothing_wrong(
     postgres_database: Database, postgres_admin: Admin, driver: str

@@ -6,10 +6,12 @@ All of this is the same whether the acts are done in a database, or in the model
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 from wsgiref.util import FileWrapper
 
@@ -440,10 +442,15 @@ class Exchange:
     def forget(self) -> None:
         """Let the response go, without a word to it; the model has to be told."""
         forgotten = getattr(self._result, "forgotten", None)
+        frames = [] if forgotten else frames_of(self._result)
         self._result = self._blocks = None
         self.phase = "closed"
         if forgotten is not None:
             forgotten()
+            return
+        for frame in frames:
+            frame.clear()
+        gc.collect()
 
     def _start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
@@ -489,6 +496,16 @@ class Exchange:
         if self.status is None:
             self.status = "500 Internal Server Error"
             self.ended = self.whole = True
+
+
+def frames_of(response: object) -> list[FrameType]:
+    """Return the frames of calls that are over, and still have the response.
+
+    A Session remembers why its flush failed, with a traceback. From Python 3.12 on that has the
+    calls that a generator was resumed by, so that nobody has let go of the response until the
+    Session is closed.
+    """
+    return [each for each in gc.get_referrers(response) if isinstance(each, FrameType)]
 
 
 def name_of(error: BaseException) -> str:

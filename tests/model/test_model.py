@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import gc
 import logging
 import os
 import sys
@@ -49,6 +50,13 @@ settings.register_profile(
     "night", settings.get_profile("programs"), max_examples=100_000, derandomize=False
 )
 PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "programs"))
+BUDGETS = pytest.mark.parametrize(
+    "budget",
+    [
+        pytest.param(PROFILE.max_examples // 10, id="some"),
+        pytest.param(PROFILE.max_examples, id="many", marks=pytest.mark.long),
+    ],
+)
 
 SETUPS = st.builds(
     Setup,
@@ -222,8 +230,19 @@ def observe() -> Iterator[Observed]:
             logger.setLevel(logging.NOTSET)
 
 
+@contextmanager
+def cheap_collections() -> Iterator[None]:
+    """Let the collector look only at what is made from now on."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def run_programs(given: Files | Servers, profile: settings) -> None:
-    with observe() as listener:
+    with observe() as listener, cheap_collections():
 
         class Programs(Requests):
             databases = given
@@ -240,21 +259,23 @@ pytestmark = [
 ]
 
 
-def test_random_programs_on_sqlite_do_what_the_model_says(tmp_path: Path) -> None:
+@BUDGETS
+def test_random_programs_on_sqlite_do_what_the_model_says(tmp_path: Path, budget: int) -> None:
     """Rows, answers, hooks, log lines, Sessions and connections are those of the model."""
     databases = Files(tmp_path)
     try:
-        run_programs(databases, PROFILE)
+        run_programs(databases, settings(PROFILE, max_examples=budget))
     finally:
         databases.dispose()
 
 
+@BUDGETS
 def test_random_programs_on_postgresql_do_what_the_model_says(
-    postgres_database: Database, other_postgres_database: Database
+    postgres_database: Database, other_postgres_database: Database, budget: int
 ) -> None:
     """So they are where a failed statement spoils its transaction, and with two phases."""
     databases = Servers({"A": postgres_database, "B": other_postgres_database})
     try:
-        run_programs(databases, settings(PROFILE, max_examples=PROFILE.max_examples // 5))
+        run_programs(databases, settings(PROFILE, max_examples=budget // 5))
     finally:
         databases.close()

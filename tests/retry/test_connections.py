@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
 
 from tests.retry.applications import flask_app, list_app, protect
@@ -352,3 +353,32 @@ def test_a_request_without_the_middleware_has_no_notes(postgres_database: Databa
     with postgres_database.engine.connect() as connection, pytest.raises(DBAPIError):
         connection.execute(text("SELECT nonsense"))
     assert postgres_database.notes() == ["note", "note"]
+
+
+def test_a_server_that_is_down_is_not_waited_for(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A refused connection is no lost race, unless the application says so."""
+    down = create_engine(engine.url.set(port=postgres_free_port()))
+    registry = make_registry(down)
+    attempts: list[None] = []
+
+    def work() -> None:
+        attempts.append(None)
+        add_note(registry)
+
+    def is_refused(error: BaseException) -> bool:
+        return isinstance(error, DBAPIError) and error.statement is None
+
+    assert drive(protect(flask_app(work), registry), "POST").status[:3] == "500"
+    assert len(attempts) == 1
+    app = protect(flask_app(work), registry, also=is_refused)
+    assert drive(app, "POST").status[:3] == "500"
+    assert len(attempts) == 4
+
+
+def postgres_free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

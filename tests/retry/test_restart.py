@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from tests.retry.applications import flask_app, list_app, protect
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sqlalchemy import Engine
+
+pytestmark = pytest.mark.clusters
 
 
 class Cluster:
@@ -135,33 +136,3 @@ def test_a_restart_of_postgresql_during_commit_is_never_run_again(
     assert len(attempts) == 1
     (error,) = errors
     assert_unknown(caplog, error)
-
-
-def test_a_server_that_is_down_is_not_waited_for(
-    restarting: Engine, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A refused connection is no lost race, unless the application says so."""
-    url = restarting.url.set(port=postgres_free_port())
-    engine = create_engine(url)
-    registry = make_registry(engine)
-    attempts: list[None] = []
-
-    def work() -> None:
-        attempts.append(None)
-        add_note(registry)
-
-    def is_refused(error: BaseException) -> bool:
-        return isinstance(error, DBAPIError) and error.statement is None
-
-    assert drive(protect(flask_app(work), registry), "POST").status[:3] == "500"
-    assert len(attempts) == 1
-    app = protect(flask_app(work), registry, also=is_refused)
-    assert drive(app, "POST").status[:3] == "500"
-    assert len(attempts) == 4
-
-
-def postgres_free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

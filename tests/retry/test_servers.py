@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from tests.support.postgres import Server
 
+pytestmark = pytest.mark.servers
+
 ROOT = Path(__file__).parents[2]
 GUNICORN = "-m gunicorn --bind fd://FD --no-control-socket --log-level warning"
 SERVERS = {

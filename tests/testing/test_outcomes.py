@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from tests.support.models import Database
 
 
+@pytest.fixture
+def plain() -> Iterator[Registry]:
+    """A registry for what has nothing to do with the database."""
+    engine = create_engine("sqlite://")
+    yield make_registry(engine)
+    engine.dispose()
+
+
 def _doom() -> None:
     current_scope().doom()
 
@@ -43,16 +51,17 @@ def _raise() -> None:
         pytest.param(_raise, "200 OK", "rollback, error", id="error"),
     ],
 )
-def test_why_is_one_line(work: Callable[[], None], status: str, seen: str) -> None:
+def test_why_is_one_line(
+    plain: Registry, work: Callable[[], None], status: str, seen: str
+) -> None:
     """Outcome and reason of each scope are visible."""
-    registry = make_registry(create_engine("sqlite://"))
 
     def use() -> None:
-        registry()
+        plain()
         work()
 
-    app = make_app(use, registry, status=status)
-    with record_outcomes(registry) as outcomes, contextlib.suppress(ZeroDivisionError):
+    app = make_app(use, plain, status=status)
+    with record_outcomes(plain) as outcomes, contextlib.suppress(ZeroDivisionError):
         request(app, "PUT")
 
     assert repr(outcomes) == f"[<PUT /work: {seen}>]"
@@ -60,19 +69,17 @@ def test_why_is_one_line(work: Callable[[], None], status: str, seen: str) -> No
     assert outcomes[0].ended
 
 
-def test_a_scope_without_a_session_is_seen() -> None:
+def test_a_scope_without_a_session_is_seen(plain: Registry) -> None:
     """There was nothing to decide, as in production."""
-    registry = make_registry(create_engine("sqlite://"))
-    with record_outcomes(registry) as outcomes:
-        request(make_app(int, registry, status="404 Not Found"), "GET")
+    with record_outcomes(plain) as outcomes:
+        request(make_app(int, plain, status="404 Not Found"), "GET")
 
     assert repr(outcomes) == "[<GET /work: nothing to decide>]"
     assert outcomes[0].outcome is None
 
 
-def test_hooks_that_ran_are_seen(caplog: pytest.LogCaptureFixture) -> None:
+def test_hooks_that_ran_are_seen(plain: Registry, caplog: pytest.LogCaptureFixture) -> None:
     """Each with its own name, the failed ones too, and none that did not run."""
-    registry = make_registry(create_engine("sqlite://"))
 
     def sent() -> None:
         pass
@@ -80,9 +87,9 @@ def test_hooks_that_ran_are_seen(caplog: pytest.LogCaptureFixture) -> None:
     def undone() -> None:
         pass
 
-    with record_outcomes(registry) as outcomes:
+    with record_outcomes(plain) as outcomes:
         for doomed in (False, True):
-            with session_scope(registry) as scope:
+            with session_scope(plain) as scope:
                 scope.on_commit(sent)
                 scope.on_commit(_raise)
                 scope.on_rollback(undone)
@@ -93,20 +100,19 @@ def test_hooks_that_ran_are_seen(caplog: pytest.LogCaptureFixture) -> None:
     assert repr(_raise) in caplog.text
 
 
-def test_a_stream_may_have_more_than_one_outcome() -> None:
+def test_a_stream_may_have_more_than_one_outcome(plain: Registry) -> None:
     """What it does after its commit gets an outcome of its own."""
-    registry = make_registry(create_engine("sqlite://"))
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
         start_response("200 OK", [])
-        registry.execute(select(1))
+        plain.execute(select(1))
         yield b"first"
-        registry.execute(select(1))
+        plain.execute(select(1))
         current_scope().doom()
         yield b"second"
 
-    with isolate(registry) as outcomes:
-        request(SessionMiddleware(app, registry, commit_on="headers"), "GET")
+    with isolate(plain) as outcomes:
+        request(SessionMiddleware(app, plain, commit_on="headers"), "GET")
 
     assert outcomes[0].settled == [("commit", "complete"), ("rollback", "doomed")]
     assert (outcomes[0].outcome, outcomes[0].reason) == ("commit", "complete")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -71,7 +72,16 @@ def shop(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.P
 
 
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    return pytester.runpytest_inprocess("-W", "error", "-p", "no:randomly", *arguments)
+    options = ("-W", "error", "-p", "no:randomly")
+    return pytester.runpytest_inprocess(*options, *arguments, plugins=[CloseShop()])
+
+
+class CloseShop:
+    """Closes the connections of an application that ends together with its test run."""
+
+    def pytest_unconfigure(self) -> None:
+        if "shop" in sys.modules:
+            sys.modules["shop"].engine.dispose()
 
 
 def rows(pytester: pytest.Pytester) -> int | None:

@@ -4,8 +4,11 @@
 #   make test             two minutes of tests, with coverage, lint, types (ARGS="-k commit": these)
 #   make test-all         the same with all tests: servers, frameworks, clusters, long ones
 #   make bench            measure, 10 minutes (QUICK=1: only see that it runs; ARGS=held: one part)
+#   make docs             build the site into build/docs
 #   make docs-servers     run the tests of the servers, and write docs/servers.md from what they see
+#   make docs-promises    write tests/PROMISES.md from the marks of the tests
 #   make tox              those of "make test" on each Python that is here, with each SQLAlchemy
+#   make release-check    what must hold before a release (DIST=dist: leave the files there)
 #   make clean            remove whatever these have made
 #
 # PYTHON=python3.12 takes another interpreter than python3 (after "make clean").
@@ -29,7 +32,7 @@ endef
 pip_install = -m pip install --quiet --disable-pip-version-check --editable . --group
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all unit unit-all lint types format bench docs-servers tox clean
+.PHONY: help demo test test-all unit unit-all lint types format bench docs docs-servers docs-promises release-check tox clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -63,8 +66,17 @@ format: $(VENV)/.installed-dev
 bench: $(BENCH_VENV)/.installed-bench
 	$(BENCH_VENV)/bin/python -m benchmarks $(if $(call yes,$(QUICK)),--quick) $(ARGS)
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build -W -n --keep-going -b html docs build/docs
+
 docs-servers: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.servers.report
+
+docs-promises: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.support.promises
+
+release-check: $(VENV)/.installed-release
+	$(BIN)/python -m tests.release.check $(DIST)
 
 tox: $(VENV)/.installed-dev
 	$(BIN)/tox run $(ARGS)

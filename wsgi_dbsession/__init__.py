@@ -1,13 +1,20 @@
-"""SQLAlchemy sessions done right for WSGI: one per request, ended with its response."""
+"""SQLAlchemy sessions done right for WSGI: one per request, always closed with its response."""
 
+from ._block import session_scope
 from ._middleware import SessionMiddleware, default_commit_veto
-from ._scope import NoScopeError, Scope, current_scope, session_scope
+from ._registry import observe
+from ._scope import NoScopeError, Observer, Scope, current_scope, find_scope
+from ._version import __version__
 
 __all__ = [
     "NoScopeError",
+    "Observer",
     "Scope",
     "SessionMiddleware",
+    "__version__",
     "current_scope",
     "default_commit_veto",
+    "find_scope",
+    "observe",
     "session_scope",
 ]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from ._response import CommitOn, Policy, respond
-from ._scope import check_registries, make_scope, scope_of
+from sqlalchemy.orm import scoped_session
+
+from ._registry import adopt, check_observers, observers_of
+from ._response import MOMENTS, CommitOn, Policy, choose_moment, respond
+from ._scope import Observer, Scope, find_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
-    from sqlalchemy.orm import scoped_session
 
     from ._response import CommitVeto
 
@@ -33,7 +35,7 @@ def default_commit_veto(
 
 
 class SessionMiddleware:
-    """Give every request Sessions of its own, and end them when the response is complete.
+    """Give each request its own Sessions, and always close them with its response.
 
     ::
 
@@ -42,21 +44,28 @@ class SessionMiddleware:
 
     :param app: the WSGI application.
     :param registries: its session registries: ``scoped_session`` objects whose ``scopefunc`` is
-        :func:`current_scope`. All of them share one outcome.
-    :param commit_on: the moment of the outcome. ``"complete"``: the last at which a failure still
-        shows to the client. ``"headers"``: always before the response's start, what a stream does
-        after it runs in a transaction of its own. ``"close"``: when the response is closed, which
-        is when the client has all of it already.
+        :func:`current_scope`. All that a request uses share one outcome.
+    :param commit_on: the moment of the outcome. ``"complete"``: as late as possible while a
+        failure can still reach the client. ``"headers"``: always before the response's start;
+        what a stream does after it runs in a transaction of its own. ``"close"``: when the
+        response is closed, which is when the client has all of it already. ``"auto"``:
+        ``"headers"`` for ``text/event-stream``, else ``"complete"``. Or a callable that is called
+        with environ, status and headers, and returns one of the first three.
     :param commit_veto: called with environ, status and headers, returns whether to roll back;
         None commits on every status.
-    :param commit_error: a WSGI application that answers where the commit failed and nothing has
-        been sent yet; ``sys.exc_info()`` tells it which error that was. It runs after the scope.
-        None raises the error into the server.
+    :param commit_error: a WSGI application that answers, with status 4xx or 5xx, where the commit
+        failed and nothing has been sent yet; ``sys.exc_info()`` tells it which error that was. It
+        runs after the scope. None raises the error into the server.
     :param skip: called with environ, returns whether to pass the request through untouched.
-    :raises TypeError: a registry is no ``scoped_session``, or an argument is not callable.
+    :param observers: see :class:`Observer`.
+    :raises TypeError: a registry is not a ``scoped_session``, an argument is not callable, or an
+        observer is not an :class:`Observer`.
     :raises ValueError: no registry was given, one has another ``scopefunc``, or ``commit_on`` is
-        none of the three.
+        none of the above.
     """
+
+    observers: tuple[Observer, ...]
+    """Who looks on at each request; a middleware around this one may add to it at construction."""
 
     def __init__(
         self,
@@ -66,13 +75,22 @@ class SessionMiddleware:
         commit_veto: CommitVeto | None = default_commit_veto,
         commit_error: WSGIApplication | None = None,
         skip: Callable[[WSGIEnvironment], bool] | None = None,
+        observers: Iterable[Observer] = (),
     ) -> None:
-        if not callable(app):
-            msg = f"the first argument is the WSGI application, a callable, not {app!r}"
+        kind: type = type(app)  # of which the annotation knows only what it should be
+        if not callable(app) or issubclass(kind, scoped_session):
+            msg = (
+                f"app must be the WSGI application, a callable, got {app!r}. "
+                "Write `SessionMiddleware(app, Session)`"
+            )
             raise TypeError(msg)
-        if commit_on not in get_args(CommitOn):
-            choice = ", ".join(map(repr, get_args(CommitOn)))
-            msg = f"commit_on is one of {choice}, not {commit_on!r}"
+        if commit_on == "auto":
+            commit_on = choose_moment
+        if not callable(commit_on) and commit_on not in MOMENTS:
+            msg = (
+                'commit_on must be "complete", "headers", "close", "auto" or callable, '
+                f"got {commit_on!r}"
+            )
             raise ValueError(msg)
         for name, value, meaning in (
             ("commit_veto", commit_veto, "commit_veto(environ, status, headers) -> bool"),
@@ -80,10 +98,11 @@ class SessionMiddleware:
             ("skip", skip, "skip(environ) -> bool"),
         ):
             if value is not None and not callable(value):
-                msg = f"{name} is a callable, {meaning}, or None, not {value!r}"
+                msg = f"{name} must be None or callable, got {value!r}. Pass {meaning}"
                 raise TypeError(msg)
         self.app = app
-        self._registries = check_registries(registries)
+        self.observers = check_observers(observers)
+        self._registries = adopt(registries)
         self._policy = Policy(commit_on, commit_veto, commit_error)
         self._skip = skip
 
@@ -91,11 +110,27 @@ class SessionMiddleware:
         """Handle one request."""
         if self._skip is not None and self._skip(environ):
             return self.app(environ, start_response)
-        outer = scope_of(environ)
-        if outer is not None:
-            # Nested: one environ is one unit of work, and the outermost middleware decides.
-            outer.join(self._registries)
-            return self.app(environ, start_response)
-        scope = make_scope(self._registries, environ)
+        outer = find_scope()
+        if outer is not None and outer.environ is environ:
+            return self._join(outer, environ, start_response)
+        observers = observers_of(self._registries)
+        if self.observers:
+            observers = tuple(dict.fromkeys(self.observers + observers))
+        scope = Scope(environ, observers)
         environ["wsgi_dbsession.scope"] = scope
+        if observers:
+            scope.tell("opened")
         return respond(self.app, environ, start_response, scope, self._policy)
+
+    def _join(
+        self, scope: Scope, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Handle a nested request: one environ is one unit of work, the outermost decides."""
+        if getattr(self.app, "wsgi_app", None) is self:
+            msg = (
+                "the middleware must wrap app.wsgi_app, not app, which calls the middleware "
+                "again. Write `app.wsgi_app = SessionMiddleware(app.wsgi_app, Session)`"
+            )
+            raise RuntimeError(msg)
+        scope.join((*self.observers, *observers_of(self._registries)))
+        return self.app(environ, start_response)

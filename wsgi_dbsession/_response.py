@@ -1,20 +1,18 @@
 """*When*: the response step by step, and the moment of the outcome.
 
 The rule: no client gets a whole, successful response whose transaction did not commit. So the
-outcome comes at the last moment at which its failure still shows, and the response's start is
-held until the outcome is known or a block has to be handed on.
+outcome comes as late as possible while a failure can still reach the client, and the response's
+start is held until the outcome is known or a block has to be sent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ._scope import describe
-from ._transaction import is_unknown, log
+from ._start import END, HeldStart, body_length, close
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -24,14 +22,23 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
     from ._scope import Scope
+    from ._start import Headers
 
-CommitOn: TypeAlias = Literal["complete", "headers", "close"]
-CommitVeto: TypeAlias = "Callable[[WSGIEnvironment, str, list[tuple[str, str]]], bool]"
+Moment: TypeAlias = Literal["complete", "headers", "close"]
+CommitOn: TypeAlias = (
+    "Moment | Literal['auto'] | Callable[[WSGIEnvironment, str, Headers], Moment]"
+)
+CommitVeto: TypeAlias = "Callable[[WSGIEnvironment, str, Headers], bool]"
 
-_END: Any = object()  # stands for a block where there is none left
+MOMENTS: tuple[str, ...] = get_args(Moment)
 
 # What uWSGI's `wsgi.file_wrapper`, a C function, returns: the file that it was given.
 _FILES = (io.BufferedReader, io.BufferedRandom, io.BytesIO, io.FileIO)
+
+_NO_START = (
+    "the application has not called start_response, though its body has begun or ended, see "
+    '"The start_response() Callable" in PEP 3333'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,14 @@ class Policy:
     commit_error: WSGIApplication | None
 
 
+def choose_moment(environ: WSGIEnvironment, status: str, headers: Headers) -> Moment:
+    """Return the moment for ``commit_on="auto"``: Server-Sent Events must hold no connection."""
+    for name, value in headers:
+        if name.lower() == "content-type" and value.lower().startswith("text/event-stream"):
+            return "headers"
+    return "complete"
+
+
 def respond(
     app: WSGIApplication,
     environ: WSGIEnvironment,
@@ -51,82 +66,54 @@ def respond(
     policy: Policy,
 ) -> Iterable[bytes]:
     """Make the first step of a request, the call of the application."""
+    file_wrapper = environ.get("wsgi.file_wrapper")  # the application may change it
     start = Start(environ, start_response, scope, policy)
     result: Iterable[bytes] = ()
     try:
-        scope.enter()
         try:
+            scope.enter()
             result = app(environ, start)
+            kind = type(result)
             if policy.commit_on == "close":
                 return Response(start, result)
-            if _is_finished(result, environ):
-                start.end()
-                start.release()
-            else:
-                result = Response(start, result)
-                result.begin()
+            # An exact list or tuple: a subclass may run code in `__iter__`, or have `close()`.
+            finished = kind is list or kind is tuple or _is_file(result, file_wrapper)
+            if finished and start.moment() != "close":
+                start.finish()
+                return result
+            result = Response(start, result)
+            result.begin()
+            return result
         except BaseException as error:
-            start.end(error)
+            scope.close(error)
             raise
         finally:
             scope.leave()
     except BaseException as error:
-        with contextlib.suppress(BaseException):  # a file; the first error is the one to raise
-            _close(result)
+        with contextlib.suppress(BaseException):  # the first error is the one to raise
+            close(result)
         if isinstance(error, Exception) and start.is_answerable():
             return start.answer()
         raise
-    try:
-        return result
     finally:
         # An error that the application caught may live on in a cycle, and this frame with it.
-        del result
+        result = ()
 
 
-def _is_finished(result: Iterable[bytes], environ: WSGIEnvironment) -> bool:
-    """Say whether no application code is left to run, so that the server may get the object.
-
-    Only for an exact list or tuple: a subclass may run code in ``__iter__``, or have ``close()``.
-    """
-    kind = type(result)
-    if kind is list or kind is tuple:
-        return True
-    file_wrapper = environ.get("wsgi.file_wrapper")
+def _is_file(result: Iterable[bytes], file_wrapper: Any) -> bool:
+    """Return whether the server is to send a file: no code of the application is left to run."""
     if file_wrapper is None:
         return False
     try:
         return isinstance(result, file_wrapper)
     except TypeError:  # PEP 3333 asks for a callable, not for a class
-        return kind in _FILES
+        return type(result) in _FILES
 
 
-def _close(iterable: Iterable[bytes]) -> None:
-    close = getattr(iterable, "close", None)
-    if close is not None:
-        close()
+class Start(HeldStart):
+    """The held start of a response, and the moments of its scope."""
 
-
-class Start:
-    """The response's start: the ``start_response`` of the application, held for the server.
-
-    It does not know the body: a generator holds on to the ``start_response`` it was given, and a
-    way from here back to it would keep an abandoned response alive until a collection.
-    """
-
-    __slots__ = (
-        "_exc_info",
-        "_headers",
-        "_server",
-        "_write",
-        "environ",
-        "failure",
-        "length",
-        "policy",
-        "released",
-        "scope",
-        "sent",
-        "status",
-    )
+    __slots__ = ("_length", "_moment", "environ", "failure", "is_head", "policy", "scope", "sent")
 
     def __init__(
         self,
@@ -135,31 +122,39 @@ class Start:
         scope: Scope,
         policy: Policy,
     ) -> None:
+        self.status = self._exc_info = None
+        self.released = False
+        self._server = start_response
         self.environ = environ
         self.scope = scope
         self.policy = policy
-        self.status: str | None = None
-        self.length: float | None = None  # bytes that make the body whole, once measured
-        self.sent = 0  # bytes of the body that were handed on
-        self.released = False
-        self.failure: BaseException | None = None  # of the commit
-        self._server = start_response
+        # Read now: an application that changes the method must not move the moment.
+        self.is_head = environ.get("REQUEST_METHOD") == "HEAD"
+        self.sent = 0  # bytes of the body
+        self.failure: BaseException | None = None
+        self._length: float | None = None
+        self._moment: Moment | None = None
 
     def __call__(
-        self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
+        self, status: str, headers: Headers, exc_info: OptExcInfo | None = None, /
     ) -> Callable[[bytes], object]:
-        """Take the application's word, see "The start_response() Callable" in PEP 3333."""
-        if self.status is not None and exc_info is None:
-            # Who wants to start anew has failed, and may catch this error too (a debugger).
-            self.scope.doom()
-            msg = (
-                "start_response was called a second time without exc_info, see "
-                '"The start_response() Callable" in PEP 3333'
-            )
-            raise AssertionError(msg)
+        """Keep the start, see "The start_response() Callable" in PEP 3333."""
+        if not isinstance(status, str):
+            msg = f"status must be a str, got {status!r}, see PEP 3333, A Note On String Types"
+            raise TypeError(msg)
+        if self.status is not None:
+            if exc_info is None:
+                # The application has failed, and may swallow this error too (a debugger).
+                msg = (
+                    "start_response was called a second time without exc_info, see "
+                    '"The start_response() Callable" in PEP 3333'
+                )
+                self.scope.doom()
+                self.failure = AssertionError(msg)
+                raise self.failure
+            self._length = self._moment = None
         self.status = status
-        self.length = None
-        self._headers = headers
+        self.headers = headers
         self._exc_info = exc_info
         if self.released or self.policy.commit_on == "close":
             self.released = False
@@ -167,120 +162,103 @@ class Start:
         return self.write
 
     def release(self) -> None:
-        """Hand the start on to the server, if that has not been done; call it before every block.
+        """Pass the start to the server, unless that has been done; call it before every block.
 
         :raises AssertionError: there is none, though the body has begun.
+        :raises BaseException: the outcome failed, and the application swallowed the error.
         """
         if self.status is None:
             raise AssertionError(_NO_START)
         if self.failure is not None and self.status[:1] not in "45":
-            # The application caught the error out of write() and calls it a success.
             raise self.failure
-        if self.released:
-            return
-        self.released = True
-        exc_info, self._exc_info = self._exc_info, None
-        if exc_info is None:
-            self._write = self._server(self.status, self._headers)
-            return
-        try:
-            self._write = self._server(self.status, self._headers, exc_info)
-        finally:
-            exc_info = None  # a traceback that refers to this frame is a cycle
+        if not self.released:
+            super().release()
 
     def write(self, block: bytes, /) -> None:
-        """Hand a block on at once, as the write callable of PEP 3333 does."""
-        complete = self.completes(block)
-        if complete and self.is_held_to_the_end():
-            return
-        self.settle_if_due(complete=complete)
+        """Send a block at once: the write callable of PEP 3333."""
+        if self.length() == 0 and self.moment() == "complete":
+            return  # with the headers the client has all of it, so they wait for the outcome
+        self.settle_if_due(complete=self.sent + len(block) >= self.length())
         self.release()
         self.sent += len(block)
         self._write(block)
 
-    def measure(self) -> float:
-        """Return the number of bytes that make the body whole: infinite if that is unknown.
-
-        It is 0 where the headers alone are the whole response: HEAD, 1xx, 204, 304
-        (RFC 9110, section 6.4.1).
+    def length(self) -> float:
+        """Return the number of bytes that make the body whole, see :func:`body_length`.
 
         :raises AssertionError: the application has not called ``start_response``.
         """
-        if self.length is None:
-            status = self.status
-            if status is None:
+        if self._length is None:
+            if self.status is None:
                 raise AssertionError(_NO_START)
-            self.length = math.inf
-            if status.startswith(("1", "204", "304")) or (
-                self.environ.get("REQUEST_METHOD") == "HEAD"
-            ):
-                self.length = 0
-            else:
-                for name, value in self._headers:
-                    if name.lower() == "content-length" and value.strip().isdecimal():
-                        self.length = int(value)
-        return self.length
+            self._length = body_length(self.is_head, self.status, self.headers)
+        return self._length
 
-    def completes(self, block: bytes) -> bool:
-        """Say whether the body is whole with this block."""
-        return self.sent + len(block) >= self.measure()
+    def moment(self) -> Moment:
+        """Return when the outcome of this response comes.
 
-    def is_held_to_the_end(self) -> bool:
-        """Say whether no block may be handed on before the outcome.
-
-        With the headers of a response without a body, the client has all of it.
+        :raises AssertionError: the application has not called ``start_response``.
+        :raises ValueError: ``commit_on`` returned something else.
         """
-        return self.length == 0 and self.policy.commit_on == "complete"
+        if self._moment is None:
+            choice: Any = self.policy.commit_on
+            if callable(choice):
+                if self.status is None:
+                    raise AssertionError(_NO_START)
+                choice = choice(self.environ, self.status, self.headers)
+                if choice not in MOMENTS:
+                    msg = f"commit_on must return one of {MOMENTS}, got {choice!r}"
+                    raise ValueError(msg)
+            self._moment = choice
+        return self._moment
 
     def settle_if_due(self, *, complete: bool) -> None:
-        """Settle the scope if this is the moment, before a block is handed on or at exhaustion.
+        """Settle the scope if this is the moment, before a block is sent or at exhaustion.
 
         :param complete: whether the body is whole with this block, or exhausted.
         """
-        commit_on = self.policy.commit_on
-        due = complete or (commit_on == "headers" and not self.released)
-        if due and commit_on != "close" and self.scope.undecided():
+        if not self.scope.undecided():
+            return
+        moment = self.moment()
+        if moment != "close" and (complete or (moment == "headers" and not self.released)):
             try:
-                self.scope.settle(veto=self.vetoes)
+                self.scope.settle(veto=self.vetoes, final=complete)
             except BaseException as failure:
-                self._note(failure)
+                self.failure = failure
+                self.scope.doom()  # the application may swallow it, out of write()
                 raise
 
-    def vetoes(self) -> bool:
-        """Ask the veto.
+    def vetoes(self) -> str:
+        """Return why the response vetoes the commit, or an empty string.
 
         :raises AssertionError: the application has not called ``start_response``.
         """
         if self.status is None:
             raise AssertionError(_NO_START)
         veto = self.policy.commit_veto
-        return veto is not None and veto(self.environ, self.status, self._headers)
+        if veto is not None and veto(self.environ, self.status, self.headers):
+            return f"status {self.status[:3]}"
+        return ""
 
-    def end(self, error: BaseException | None = None, *, complete: bool = True) -> None:
-        """End the scope, see :meth:`Scope.end`."""
+    def finish(self) -> None:
+        """Settle and release a response whose body is finished, and close the scope."""
+        self.settle_if_due(complete=True)
+        self.release()
+        # An outer middleware's start_response may have used a Session.
+        self.close()
+
+    def close(self, error: BaseException | None = None, *, complete: bool = True) -> None:
+        """Close the scope, see :meth:`Scope.close`."""
         try:
-            self.scope.end(error, complete=complete, veto=self.vetoes)
+            self.scope.close(error, complete=complete, veto=self.vetoes)
         except BaseException as failure:
-            self._note(failure)
+            self.failure = failure
             raise
 
-    def _note(self, failure: BaseException) -> None:
-        if self.scope.reason == "commit failed":
-            self.failure = failure
-            self.scope.doom()  # the application may catch it, out of write()
-            retry = self.environ.get("wsgi_dbsession.retry")
-            if retry is None or not retry.will_retry(self.scope, failure):
-                what = (
-                    "the connection broke during the commit, nobody knows if it took place"
-                    if is_unknown(failure)
-                    else "the commit failed, everything is rolled back"
-                )
-                log.error("%s: %s: %s", describe(self.environ), what, failure, exc_info=failure)
-
     def is_answerable(self) -> bool:
-        """Say whether ``commit_error`` can still answer: nothing of the body was handed on."""
+        """Return whether ``commit_error`` can still answer: nothing of the body was sent."""
         asked = self.policy.commit_error is not None
-        return asked and self.failure is not None and not self.sent
+        return asked and self.scope.failure is not None and not self.sent
 
     def answer(self) -> Iterable[bytes]:
         """Let ``commit_error`` answer. Call it while the failure is handled, in no step."""
@@ -288,9 +266,12 @@ class Start:
         return self.policy.commit_error(self.environ, self._restart)
 
     def _restart(
-        self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
+        self, status: str, headers: Headers, exc_info: OptExcInfo | None = None, /
     ) -> Callable[[bytes], object]:
-        failure = self.failure
+        failure = self.scope.failure
+        if status[:1] not in "45":
+            msg = f"commit_error must answer with status 4xx or 5xx, got {status!r}"
+            raise ValueError(msg) from failure
         if exc_info is None and self.released and failure is not None:
             # The server has a start, with headers that it has not sent: they can be replaced.
             # The annotation wants a traceback; an error that was raised has one.
@@ -301,78 +282,78 @@ class Start:
         return self._server(status, headers, exc_info)
 
 
-_NO_START = (
-    "the application has not called start_response, though its body has begun or ended, see "
-    '"The start_response() Callable" in PEP 3333'
-)
-
-
 class Response:
     """The body: the iterable that the server gets where application code is left to run."""
 
-    __slots__ = ("_ahead", "_blocks", "_closed", "_complete", "_iterable", "_start")
+    __slots__ = ("_ahead", "_blocks", "_closed", "_complete", "_iterable", "_iterator", "_start")
 
     def __init__(self, start: Start, iterable: Iterable[bytes]) -> None:
         self._start = start
         self._iterable = iterable
         self._blocks: Iterator[bytes] | None = None
-        self._ahead: bytes | None = None  # what the call of the application has got already
+        self._ahead: bytes | None = None  # the first block, where the call has asked for it
+        self._iterator: Iterator[bytes] | None = None
         self._complete = False
         self._closed = False
 
     def begin(self) -> None:
-        """Get the first block in the step that is the call of the application.
+        """Ask for the first block in the step that is the call of the application.
 
         The application may call ``start_response`` as late as here, but granian takes status and
         headers when the call returns, and cheroot answers an error with a 500 only if it comes
         out of the call.
         """
-        self._ahead = self._get()
+        self._ahead = self._advance()
 
     def __iter__(self) -> Iterator[bytes]:
-        return self
+        start = self._start
+        block, self._ahead = self._ahead, None
+        try:
+            if block is None:
+                block = self._next()
+            while block is not END:
+                yield block
+                # What is left of a HEAD is never sent, and may be endless.
+                block = END if self._closed or start.is_head else self._next()
+        except Exception:
+            if not start.is_answerable():
+                raise
+            self._iterable = start.answer()
+            yield from self._iterable
 
     def __next__(self) -> bytes:
-        block, self._ahead = self._ahead, None
-        if block is None:
-            if self._closed:  # nothing is left, or the answer of `commit_error`
-                assert self._blocks is not None
-                return next(self._blocks)
-            start = self._start
-            try:
-                start.scope.enter()
-                try:
-                    block = self._get()
-                finally:
-                    start.scope.leave()
-            except Exception:
-                if not start.is_answerable():
-                    raise
-                self._iterable = start.answer()
-                self._blocks = iter(self._iterable)
-                return next(self._blocks)
-        if block is _END:
-            raise StopIteration
-        return block
+        # Servers iterate, which is quicker. A test, or a middleware, may ask for a block.
+        if self._iterator is None:
+            self._iterator = iter(self)
+        return next(self._iterator)
 
-    def _get(self) -> bytes:
-        """Return the next block, or `_END`, after an outcome if this is the moment. In a step."""
+    def _next(self) -> bytes:
+        scope = self._start.scope
+        try:
+            scope.enter()
+            return self._advance()
+        finally:
+            scope.leave()
+
+    def _advance(self) -> bytes:
+        """Return the next block, or `END`, after an outcome if this is the moment. In a step."""
         start = self._start
         try:
             if self._blocks is None:
                 self._blocks = iter(self._iterable)
-            block: bytes = next(self._blocks, _END)
-            if block is _END:
+            block: bytes = next(self._blocks, END)
+            if block is END:
                 self._complete = True
-            elif not self._complete:
-                self._complete = start.completes(block)
-                if self._complete and start.is_held_to_the_end():
-                    for _ in self._blocks:
-                        pass
-            start.settle_if_due(complete=self._complete)
-            start.release()
-            if block is not _END:
-                start.sent += len(block)
+                start.settle_if_due(complete=True)
+                start.release()
+                return block
+            sent = start.sent + len(block)
+            if not self._complete:
+                self._complete = sent >= start.length()
+            if self._complete or not start.released:
+                start.settle_if_due(complete=self._complete)
+                start.release()
+            start.sent = sent
         except BaseException as error:
             self._finish(error)
             raise
@@ -381,37 +362,34 @@ class Response:
     def close(self) -> None:
         """Make the last step: what is undecided is decided now."""
         start = self._start
-        # With commit_on="close": a server need not iterate over a body that it must not send.
-        unsent = self._blocks is None and start.status is not None and start.measure() == 0
-        self._make_last_step(complete=self._complete or unsent)
-
-    def __del__(self) -> None:
-        if not self._closed:  # the server forgot close(): what is undecided is rolled back
-            self._make_last_step(complete=False)
-
-    def _make_last_step(self, *, complete: bool) -> None:
-        self._ahead = None
+        self._ahead = self._iterator = None
         if self._closed:
             iterable, self._iterable = self._iterable, ()
-            _close(iterable)
+            close(iterable)
             return
-        scope = self._start.scope
-        scope.enter()
+        # With commit_on="close": a server need not iterate over a body that it must not send.
+        unsent = self._blocks is None and start.status is not None and start.length() == 0
         try:
-            self._finish(complete=complete)
+            start.scope.enter()
+            self._finish(complete=self._complete or unsent)
         finally:
-            scope.leave()
+            start.scope.leave()
+
+    def __del__(self) -> None:
+        # The collector may run this in the midst of anything: no application code, no context.
+        if not self._closed:
+            self._start.scope.drop()
 
     def _finish(self, error: BaseException | None = None, *, complete: bool = False) -> None:
-        """Close the application's iterable, settle the rest and remove the Sessions."""
+        """Close the application's iterable, settle the rest and close the Sessions."""
         self._closed = True
         iterable, self._iterable, self._blocks = self._iterable, (), iter(())
         try:
-            _close(iterable)
+            close(iterable)
         except BaseException as failure:
             if error is not None:
-                self._start.end(error)
+                self._start.close(error)
                 return
-            self._start.end(failure)
+            self._start.close(failure)
             raise
-        self._start.end(error, complete=complete)
+        self._start.close(error, complete=complete)

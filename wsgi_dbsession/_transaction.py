@@ -1,121 +1,261 @@
-"""Flush, prepare, commit, roll back and remove the Sessions of several registries.
+"""Flush, prepare, commit, roll back and close some Sessions, and the truth about a failure.
 
-This floor knows SQLAlchemy only: a key of a registry is any object here.
+This floor knows SQLAlchemy only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import exc
+from sqlalchemy.orm import Session
 
-from ._fork import connections
+from . import _driver
+from ._report import log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import TypeAlias
 
-    from sqlalchemy.orm import Session, scoped_session
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import Transaction
 
-log = logging.getLogger("wsgi_dbsession")
+Truth: TypeAlias = Literal["rolled back", "unknown", "committed", "partly committed"]
 
-_INERROR = 3  # PQTRANS_INERROR of libpq, as psycopg and psycopg2 show it
-
-
-def find(registries: Iterable[scoped_session[Any]], key: object) -> list[Session]:
-    """Return the Sessions that exist under this key; make none."""
-    sessions: list[Session] = []
-    for registry in registries:
-        session = registry.registry.registry.get(key)
-        if session is not None:
-            sessions.append(session)
-    return sessions
+# The answer to a COMMIT that leaves open whether it took place: connection exceptions, an operator
+# who ended the server's process, "statement completion unknown", and a node of Galera that lost
+# its cluster.
+_OPEN = ("08", "57P", "40003", "1180", "1047")
 
 
-def is_begun(registries: Iterable[scoped_session[Any]], key: object) -> bool:
-    """Say whether a Session under this key is in a transaction."""
-    for registry in registries:  # any() would be two calls more, for every request
-        session = registry.registry.registry.get(key)
-        if session is not None and session.in_transaction():
+class AdoptedSession(Session):
+    """A Session that reports what a ``close()`` discards; mixed into the application's class."""
+
+    dbsession_discard: Callable[[Session], None] | None = None  # while a scope has it
+    dbsession_flushed = False  # something, in the transaction that runs
+    dbsession_committed = False  # by the commit that runs
+
+    def close(self) -> None:
+        """Close the Session; a scope that has it refuses to commit if it had written."""
+        if self.dbsession_discard is not None and self.in_transaction():
+            self.dbsession_discard(self)
+        super().close()
+
+    def reset(self) -> None:
+        """Close the Session, see :meth:`close`."""
+        if self.dbsession_discard is not None and self.in_transaction():
+            self.dbsession_discard(self)
+        super().reset()
+
+    def invalidate(self) -> None:
+        """Close the Session and its connections, see :meth:`close`."""
+        if self.dbsession_discard is not None and self.in_transaction():
+            self.dbsession_discard(self)
+        super().invalidate()
+
+
+def connections(session: Session) -> list[tuple[Connection, Transaction]]:
+    """Return the connections of a Session's transaction, and their transactions."""
+    transaction: Any = session.get_transaction()
+    if transaction is None:
+        return []
+    # The public way, to listen to after_begin, costs each transaction of each request.
+    entries: list[tuple[Any, ...]] = list(transaction._connections.values())
+    if len(entries) == 1:
+        return [entries[0][:2]]
+    return [entry[:2] for entry in set(entries)]
+
+
+def has_written(session: Session) -> bool | None:
+    """Return whether the transaction of this Session has something to lose, None if unknown."""
+    pending = session.new or session.deleted or any(map(session.is_modified, session.dirty))
+    if pending or getattr(session, "dbsession_flushed", False):
+        return True
+    found = {_driver.has_written(connection) for connection, _ in connections(session)}
+    return True if True in found else None if None in found else False
+
+
+def is_autocommit(session: Session) -> bool:
+    """Return whether what a Session wrote stays, whatever the outcome is."""
+    return any(_driver.is_autocommit(connection) for connection, _ in connections(session))
+
+
+def is_inherited(session: Session) -> bool:
+    """Return whether a connection of this Session is the parent process's, see ``_fork``."""
+    for connection, _ in connections(session):
+        open_ = not (connection.closed or connection.invalidated)
+        if open_ and connection.connection.dbapi_connection is None:
             return True
     return False
 
 
-def commit(sessions: Sequence[Session]) -> None:
-    """Commit whatever transactions these Sessions have begun, all or none as far as it goes.
+class Commit:
+    """One commit of some Sessions: all or none, as far as it goes.
 
-    All are flushed before the first is committed; two-phase ones are prepared, then one-phase
-    ones are committed, then the prepared ones. Nothing asks for changed objects: a transaction
-    that was begun is committed, because textual SQL leaves no other trace.
+    All are flushed before the first is committed. Two-phase ones are prepared, then one-phase
+    ones are committed, then the prepared ones. A transaction that was begun is committed, though
+    nothing seems to have changed: textual SQL leaves no trace.
 
-    :raises Exception: what SQLAlchemy or the driver raised; the caller rolls back.
+    :param sessions: in the order in which they are to be committed.
+    :param final: whether the scope ends with it, so that objects are not expired: reading an
+        attribute afterwards begins no transaction.
     """
-    if len(sessions) == 1:
-        (session,) = sessions
-        if session.in_transaction():
-            _refuse_failed(session)
-            session.commit()
-        return
-    for session in sessions:
-        if session.in_transaction():
-            session.flush()
-    begun = [session for session in sessions if session.in_transaction()]
-    for session in begun:
-        _refuse_failed(session)
-    two_phase = [session for session in begun if session.twophase]
-    prepared: list[Session] = []
-    try:
-        for session in two_phase:
-            # prepare() refuses an open savepoint, where commit() ends it with the rest.
-            while (savepoint := session.get_nested_transaction()) is not None:
-                savepoint.commit()
-            session.prepare()
-            prepared.append(session)
+
+    __slots__ = ("_committed", "_failed", "_final", "_late", "_prepared", "_sessions", "_spoiled")
+
+    def __init__(self, sessions: Sequence[Session], *, final: bool = False) -> None:
+        self._sessions = sessions
+        self._final = final
+        self._committed = 0
+        self._late: BaseException | None = None  # out of an after_commit listener
+        self._failed: list[Transaction] = []  # of the Session whose COMMIT was the last
+        self._prepared: list[Session] = []
+        self._spoiled = False
+
+    def run(self) -> None:
+        """Commit.
+
+        :raises BaseException: what SQLAlchemy, a driver or a listener raised; see
+            :meth:`explain`. The caller rolls back.
+        """
+        begun = [session for session in self._sessions if session.in_transaction()]
         for session in begun:
-            if session not in two_phase:
-                session.commit()
-        for session in prepared:
+            session.flush()
+        for session in begun:
+            _refuse_spoiled(session)
+        two_phase = [session for session in begun if session.twophase]
+        try:
+            for session in two_phase:
+                self._prepare(session)
+            for session in begun:
+                if session not in two_phase:
+                    self._commit(session)
+        except BaseException:
+            # Before their connections are invalidated: a prepared transaction survives that.
+            for session in self._prepared:
+                undo(session, "rollback")
+            raise
+        failure: BaseException | None = None
+        for session in self._prepared:
+            # The decision has been made: each is committed, even if another fails.
+            try:
+                self._commit(session)
+            except BaseException as error:
+                failure = failure or error
+                # Left to whoever resolves it by hand: a rollback now would keep half of the work.
+                undo(session, "invalidate")
+        failure = failure or self._late
+        if failure is not None:
+            raise failure
+
+    def _prepare(self, session: Session) -> None:
+        # prepare() refuses an open savepoint, where commit() releases it with the rest.
+        while (savepoint := session.get_nested_transaction()) is not None:
+            savepoint.commit()
+        found = _infos(session)
+        self._failed = [transaction for _, transaction in found]
+        session.prepare()
+        self._prepared.append(session)
+        self._refuse_swallowed(found)
+
+    def _commit(self, session: Session) -> None:
+        found = _infos(session)
+        self._failed = [transaction for _, transaction in found]
+        expires = session.expire_on_commit
+        if self._final:
+            session.expire_on_commit = False
+        # A plain Session, in a script, has no such attribute.
+        session.dbsession_committed = False  # type: ignore[attr-defined]
+        try:
             session.commit()
-    except BaseException:
-        # Before anybody invalidates them: a prepared transaction survives its connection.
-        for session in prepared:
-            _undo(session, "rollback")
-        raise
+        except BaseException as error:
+            if not session.dbsession_committed:  # type: ignore[attr-defined]
+                raise
+            self._late = self._late or error
+            undo(session, "close")  # SQLAlchemy leaves its transaction half-way
+        finally:
+            session.expire_on_commit = expires
+        self._refuse_swallowed(found)
+        self._committed += 1
+
+    def _refuse_swallowed(self, found: list[tuple[dict[Any, Any], Transaction]]) -> None:
+        """Raise if a ``before_commit`` listener has spoiled the transaction without a word."""
+        for info, transaction in found:
+            error = _driver.spoiler(info, transaction)
+            if error is not None:
+                self._spoiled = True
+                raise _refusal(error) from error
+
+    def explain(self, failure: BaseException) -> tuple[Truth, str]:
+        """Return the truth about a failed commit, and a sentence about it."""
+        gids = [gid for session in self._prepared for gid in _gids(session)]
+        prepared = f"; prepared transactions: {', '.join(map(repr, gids))}" if gids else ""
+        if failure is self._late:
+            return "committed", "committed, but a listener failed afterwards"
+        tried = [transaction for transaction in self._failed if not transaction.is_active]
+        if self._committed or len(tried) > 1:
+            done = self._committed or len(tried) - 1
+            return (
+                "partly committed",
+                f"partly committed, {done} transactions before the failed one{prepared}",
+            )
+        if not self._spoiled and _was_sent(failure) and not _is_refusal(failure):
+            return "unknown", f"connection lost during COMMIT, outcome unknown{prepared}"
+        if any(map(is_autocommit, self._sessions)):
+            return "rolled back", "commit failed, but AUTOCOMMIT keeps what was written"
+        return "rolled back", "commit failed, rolled back"
 
 
-def _refuse_failed(session: Session) -> None:
-    """Raise if the transaction cannot be committed any more.
+def _infos(session: Session) -> list[tuple[dict[Any, Any], Transaction]]:
+    return [(connection.info, transaction) for connection, transaction in connections(session)]
+
+
+def _gids(session: Session) -> list[str]:
+    return [str(getattr(transaction, "xid", "")) for _, transaction in connections(session)]
+
+
+def _refuse_spoiled(session: Session) -> None:
+    """Raise if the transaction cannot be committed any more, or only a part of it.
 
     After a failed statement, PostgreSQL answers COMMIT with ROLLBACK, and psycopg and psycopg2 do
     not report it: an error that the application caught would turn into a success that saved
-    nothing. After a failed flush, SQLAlchemy reports it, but not before others are committed.
+    nothing. After a deadlock, MariaDB has rolled back and begun anew. After a failed flush,
+    SQLAlchemy reports it, but not before others are committed.
     """
-    failed = not session.is_active
-    for connection in connections(session):
-        if connection.dialect.name == "postgresql" and connection.in_transaction():
-            driver = connection.connection.dbapi_connection
-            status = getattr(getattr(driver, "info", None), "transaction_status", None)
-            failed = failed or status == _INERROR
-    if failed:
-        msg = (
-            "cannot commit: a statement failed in this transaction, and the application caught "
-            "the error without a rollback. Put the statement that may fail into "
-            "`with Session.begin_nested():`, or call Session.rollback() where the error is caught"
-        )
-        raise exc.PendingRollbackError(msg)
+    for connection, transaction in connections(session):
+        if not connection.invalidated and connection.in_transaction():
+            fairy = connection.connection
+            error = _driver.spoiler(fairy.info, transaction)
+            if error is not None or _driver.is_aborted(fairy.dbapi_connection):
+                raise _refusal(error) from error
+    if not session.is_active:
+        raise _refusal(None)
 
 
-def is_unknown(failure: BaseException) -> bool:
-    """Say whether the connection broke during COMMIT: nobody knows if that took place.
+def _refusal(error: BaseException | None) -> exc.PendingRollbackError:
+    what = "" if error is None else f" ({type(error).__name__}: {error})"
+    return exc.PendingRollbackError(
+        "cannot commit: a statement failed in this transaction, the database has rolled it back, "
+        f"and the application caught the error{what}. Put the statement that may fail into "
+        "`with Session.begin_nested():`. (Session.rollback() where the error is caught also ends "
+        "the failed transaction, but discards what the request has done before.)"
+    )
 
-    Then the error has no statement; a flush that failed on the way to the commit has one. After an
-    interruption, which is no ``Exception``, it is not even known whether the COMMIT was sent.
-    """
-    return not isinstance(failure, Exception) or (
+
+def _was_sent(failure: BaseException) -> bool:
+    """Return whether this failure came out of COMMIT or one of its two phases."""
+    return any(
+        _driver.passed_through(failure, method) for method in ("do_commit", "do_prepare_twophase")
+    )
+
+
+def _is_refusal(failure: BaseException) -> bool:
+    """Return whether the database answered, and answered no."""
+    return (
         isinstance(failure, exc.DBAPIError)
-        and failure.connection_invalidated
-        and failure.statement is None
+        and not failure.connection_invalidated
+        and not any(code.startswith(_OPEN) for code in _driver.codes(failure))
     )
 
 
@@ -124,37 +264,20 @@ def rollback(sessions: Iterable[Session], error: BaseException | None = None) ->
 
     :param error: why. After a ``BaseException`` that is no ``Exception`` (``GreenletExit``,
         ``gevent.Timeout``) the answer to a statement may still be on its way, so the connection
-        is thrown away: see ``Session.invalidate()`` in SQLAlchemy's documentation.
+        is discarded: see ``Session.invalidate()`` in SQLAlchemy's documentation.
     :raises BaseException: the rollback was interrupted, and there is no earlier error.
     """
     interrupted = error is not None and not isinstance(error, Exception)
     interruption = None
     for session in sessions:
-        connections(session)  # so that a fork knows them, though nothing is ever committed
-        failure = _undo(session, "invalidate" if interrupted else "rollback")
+        failure = undo(session, "invalidate" if interrupted else "rollback")
         interruption = interruption or failure
     if interruption is not None and error is None:
         raise interruption
 
 
-def remove(registries: Iterable[scoped_session[Any]], key: object) -> BaseException | None:
-    """Close the Sessions under this key and forget them, each though another fails.
-
-    Not ``scoped_session.remove()``: that keeps a Session whose ``close()`` raised.
-
-    :return: the first interruption, see :func:`_undo`.
-    """
-    interruption = None
-    for registry in registries:
-        session = registry.registry.registry.pop(key, None)
-        if session is not None:
-            failure = _undo(session, "close")
-            interruption = interruption or failure
-    return interruption
-
-
-def _undo(session: Session, method: str) -> BaseException | None:
-    """End what the Session has begun.
+def undo(session: Session, method: str) -> BaseException | None:
+    """Call a method that ends what the Session has begun.
 
     A failure is logged only: the connection is closed then, and with it the database rolls back.
 
@@ -163,7 +286,7 @@ def _undo(session: Session, method: str) -> BaseException | None:
     try:
         getattr(session, method)()
     except BaseException as failure:
-        log.warning("rollback failed, the connection is closed instead", exc_info=True)
+        log.warning("rollback failed, closing the connection instead", exc_info=True)
         with contextlib.suppress(Exception):
             session.invalidate()
         return None if isinstance(failure, Exception) else failure

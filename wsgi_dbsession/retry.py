@@ -21,8 +21,9 @@ from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
-from . import SessionMiddleware, session_scope
-from ._scope import describe, scope_of, scopes_in_force
+from . import Observer, SessionMiddleware, find_scope, session_scope
+from ._report import describe
+from ._scope import scopes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -363,7 +364,7 @@ def _is_autocommit(connection: Connection) -> bool:
 def _attempts() -> list[_Attempt]:
     """Return the attempts that are made here, the innermost first."""
     found: list[_Attempt] = []
-    for scope in scopes_in_force():
+    for scope in scopes():
         holder: Mapping[str, Any] = scope.info if scope.environ is None else scope.environ
         attempt = holder.get(_RETRY)
         # A request in a request may have got a copy of its environ.
@@ -552,13 +553,15 @@ class RetryMiddleware:
             msg = f"max_body is a number of bytes, not {max_body!r}"
             raise ValueError(msg)
         self.app = app
+        app.observers += (_Observer(),)
         self._max_body = max_body
         self._policy = _Policy(attempts, backoff, max_backoff, give_up_after, also).check()
         _listen()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Handle one request."""
-        if scope_of(environ) is not None:
+        scope = find_scope()
+        if scope is not None and scope.environ is environ:
             if _RETRY in environ:
                 return self.app(environ, start_response)  # the outermost one decides
             msg = (
@@ -568,6 +571,14 @@ class RetryMiddleware:
             raise RuntimeError(msg)
         request = _Request(self._policy, self.app, environ, start_response, self._max_body)
         return request.respond()
+
+
+class _Observer(Observer):
+    """Keeps the failure of a commit that is tried again out of the log."""
+
+    def commit_failed(self, scope: Scope, failure: BaseException) -> bool:
+        attempt = (scope.environ or {}).get(_RETRY)
+        return attempt is not None and attempt.will_retry(scope, failure)
 
 
 class _Start(_Attempt):
@@ -634,7 +645,7 @@ class _Start(_Attempt):
         if scope is None or scope.outcome == "commit":
             return False
         is_error_page = self.status is not None and self.status[:1] in "45"
-        if not is_error_page and scope.reason != "commit failed":
+        if not is_error_page and scope.failure is None:
             return False
         return self.run.gives_way(self.why(None), self.obstacle())
 
@@ -655,7 +666,7 @@ class _Start(_Attempt):
 
     def will_retry(self, scope: Scope, failure: BaseException) -> bool:
         """Say whether another attempt follows this failure of the commit. The core asks."""
-        for outer in scopes_in_force():
+        for outer in scopes():
             if outer is not scope and outer.environ and outer.environ.get(_RETRY) is self:
                 return False  # a request inside of this one, with a copy of its environ
         return (

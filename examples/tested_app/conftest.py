@@ -18,6 +18,6 @@ def _tables() -> None:
 
 
 @pytest.fixture
-def client(isolation: object) -> FlaskClient:
+def client(dbsession_isolation: object) -> FlaskClient:
     outbox.clear()
     return app.test_client()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def guest(isolation: object) -> str:
+def guest(dbsession_isolation: object) -> str:
     with session_scope(Session):
         Session.add(Guest(name="ada"))
     return "ada"
@@ -33,19 +33,21 @@ def test_the_book_is_empty_at_first(client: FlaskClient) -> None:
 
 
 def test_a_guest_is_welcomed_after_the_commit(
-    client: FlaskClient, isolation: list[Recorded]
+    client: FlaskClient, dbsession_isolation: list[Recorded]
 ) -> None:
     assert client.post("/guests", data={"name": "ada"}).status_code == 201
 
-    assert isolation[-1].outcome == "commit"
+    assert dbsession_isolation[-1].outcome == "commit"
     assert outbox == ["welcome, ada"]
 
 
-def test_a_name_is_given_once(client: FlaskClient, isolation: list[Recorded], guest: str) -> None:
+def test_a_name_is_given_once(
+    client: FlaskClient, dbsession_isolation: list[Recorded], guest: str
+) -> None:
     assert client.post("/guests", data={"name": guest}).status_code == 409
 
-    assert isolation[-1].reason == "veto"
-    assert isolation[-1].hooks == []
+    assert dbsession_isolation[-1].reason == "veto"
+    assert dbsession_isolation[-1].hooks == []
 
 
 def test_an_entry_is_read_back(client: FlaskClient, guest: str) -> None:
@@ -56,26 +58,38 @@ def test_an_entry_is_read_back(client: FlaskClient, guest: str) -> None:
 
 
 def test_an_empty_entry_is_not_kept(
-    client: FlaskClient, isolation: list[Recorded], guest: str
+    client: FlaskClient, dbsession_isolation: list[Recorded], guest: str
 ) -> None:
     assert client.post("/entries", data={"name": guest, "text": ""}).status_code == 400
 
-    assert isolation[-1].reason == "veto"
+    assert dbsession_isolation[-1].reason == "veto"
     assert entries() == []
 
 
 def test_a_failed_login_is_counted_in_spite_of_the_status(
-    client: FlaskClient, isolation: list[Recorded], guest: str
+    client: FlaskClient, dbsession_isolation: list[Recorded], guest: str
 ) -> None:
     assert client.post("/login", data={"name": guest}).status_code == 403
 
-    assert isolation[-1].reason == "kept"
+    assert dbsession_isolation[-1].reason == "kept"
     with session_scope(Session):
-        assert Session.get_one(Guest, guest).failed_logins == 1
+        assert Session.scalars(select(Guest.failed_logins).filter_by(name=guest)).one() == 1
+
+
+@pytest.mark.usefixtures("dbsession_scope")
+def test_entries_are_listed_in_their_order(client: FlaskClient) -> None:
+    Session.add(Guest(name="ada"))
+    Session.flush()
+    Session.add_all(Entry(guest="ada", text=text) for text in ("one", "two"))
+    Session.commit()
+
+    assert client.get("/entries.txt").text == "one\ntwo\n"
+    client.post("/entries", data={"name": "ada", "text": "three"})
+    assert Session.scalars(select(Entry.text)).all() == ["one", "two", "three"]
 
 
 @pytest.fixture(scope="class")
-def full_book(class_isolation: object) -> None:
+def full_book(dbsession_class_isolation: object) -> None:
     with session_scope(Session):
         Session.add(Guest(name="bob"))
         Session.flush()

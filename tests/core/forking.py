@@ -17,13 +17,12 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from sqlalchemy.pool import NullPool
 
 from tests.support.models import Base, Note, make_engine
 from tests.support.wsgi import Server, make_environ, make_registry
-from wsgi_dbsession import NoScopeError, SessionMiddleware, current_scope, session_scope
+from wsgi_dbsession import NoScopeError, SessionMiddleware, _fork, current_scope, session_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -263,43 +262,27 @@ def detached(fork: str, registry: Registry) -> object:
     return [type(each).__name__ for each in (with_detached, with_invalid, with_none)]
 
 
-def engine_dies(fork: str, registry: Registry) -> object:
-    """Have an engine die while those of the child get their new pools."""
-    url = registry.session_factory.kw["bind"].url
-    engines = [make_engine(url, poolclass=NullPool) for _ in range(2)]
-    registries = [make_registry(engine) for engine in engines]
-
-    def drop(_: Engine) -> None:
-        registries.clear()
-        engines.clear()
-        gc.collect()
-
-    for each, engine in zip(registries, engines, strict=True):
-        backend_of_a_block(each)
-        each.session_factory.configure(bind=None)
-        event.listen(engine, "engine_disposed", drop)
-    del each, engine
-    return run_in_child(fork, lambda: [len(engines), backend_of_a_block(registry) > 0])
-
-
 def two_threads(fork: str, registry: Registry) -> object:
-    """Have a second thread of the child begin its work while the first gives it new pools."""
+    """Have a second thread of the child begin its work while the first forgets its parent's."""
     pids: list[int] = []
     thread = threading.Thread(target=lambda: pids.append(backend_of_a_block(registry)))
 
-    def begin(_: Engine) -> None:
-        if os.getpid() != parent and not thread.ident:
+    forget: Callable[[object], None] = _fork._forget
+
+    def begin(record: object) -> None:
+        if not thread.ident:
             thread.start()
             wait_for_lock(thread)
+        forget(record)
 
     def work() -> list[int]:
         pids.append(backend_of_a_block(registry))
         thread.join()
         return pids
 
-    parent = os.getpid()
-    event.listen(registry.session_factory.kw["bind"], "engine_disposed", begin)
-    return [backend_of_a_block(registry), *run_in_child(fork, work)]
+    before = backend_of_a_block(registry)
+    _fork._forget = begin  # type: ignore[assignment]
+    return [before, *run_in_child(fork, work)]
 
 
 def wait_for_lock(thread: threading.Thread) -> None:
@@ -326,7 +309,6 @@ SCENES: dict[str, Callable[[str, Registry], object]] = {
         unwinding,
         abandoned,
         detached,
-        engine_dies,
         two_threads,
     )
 }

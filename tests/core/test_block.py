@@ -17,6 +17,7 @@ from tests.support.wsgi import (
     assert_nothing_left,
     make_environ,
     make_registry,
+    open_sessions,
 )
 from wsgi_dbsession import Scope, SessionMiddleware, current_scope, session_scope
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sqlalchemy.orm import Session, scoped_session
+
+pytestmark = pytest.mark.promise("blocks")
 
 
 def test_a_block_is_committed_at_its_end(
@@ -76,7 +79,7 @@ def test_a_block_whose_commit_fails_raises(
         registry.add_all([Note(text="a"), Book(author_id=7)])
 
     assert database.notes() == []
-    assert (scope.outcome, scope.reason) == ("rollback", "commit failed")
+    assert (scope.outcome, scope.reason) == ("rollback", "rolled back")
     assert_nothing_left(registry)
 
 
@@ -131,8 +134,7 @@ def test_a_block_takes_over_the_registries_around_it(
     other = make_registry(make_engine(f"sqlite:///{tmp_path / 'other.db'}"))
     with session_scope(other), session_scope(named) as inner:
         assert other.scalar(text("SELECT 1")) == 1
-        assert inner.registries == (named, other)
-        assert len(other.registry.registry) == 1
+        assert list(inner.sessions.values()) == [other()]
 
     assert_nothing_left(named, other)
     other.session_factory.kw["bind"].dispose()
@@ -142,7 +144,7 @@ def test_a_block_is_entered_once_at_a_time(sqlite_registry: scoped_session[Sessi
     """Entered twice it says so, and the first entry goes on; afterwards it may be used again."""
     block = session_scope(sqlite_registry)
     with block as scope:
-        with pytest.raises(RuntimeError, match="write `with session_scope"), block:
+        with pytest.raises(RuntimeError, match="Write `with session_scope"), block:
             pass
         assert current_scope() is scope
     with block as again:
@@ -234,7 +236,7 @@ def test_the_context_stays_clean_where_a_block_left_open_is_closed(
 
     app = BODIES["list body"](Program(early))
     Server().run(SessionMiddleware(app, sqlite_registry), make_environ())
-    assert sqlite_registry.registry.registry == {}
+    assert not open_sessions(sqlite_registry)
 
     kept.pop().close()
 
@@ -282,6 +284,7 @@ async def async_generator_function() -> AsyncIterator[None]:
     yield
 
 
+@pytest.mark.promise("constructors")
 @pytest.mark.parametrize(
     "function",
     [
@@ -294,5 +297,5 @@ def test_what_runs_after_its_call_is_not_decorated(
     sqlite_registry: scoped_session[Session], function: Callable[[], object]
 ) -> None:
     """The scope would be over before the work begins, and the message names the mend."""
-    with pytest.raises(TypeError, match=rf"{function.__name__} runs after .* inside of it"):
+    with pytest.raises(TypeError, match=rf"{function.__name__}, which runs after .* inside of it"):
         session_scope(sqlite_registry)(function)

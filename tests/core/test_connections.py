@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Registry = scoped_session[Session]
     MakeRegistry = Callable[..., Registry]
 
+pytestmark = pytest.mark.promise("dropped connections")
+
 
 @pytest.fixture
 def make(postgres_database: Database) -> Iterator[MakeRegistry]:
@@ -139,7 +141,7 @@ def test_a_connection_dropped_during_the_commit_is_not_called_a_rollback(
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("wsgi_dbsession", logging.ERROR)
     assert record.getMessage().startswith(
-        "POST /notes: the connection broke during the commit, nobody knows if it took place: "
+        "POST /notes: connection lost during COMMIT, outcome unknown: "
     )
 
 
@@ -156,6 +158,4 @@ def test_a_connection_dropped_before_the_flush_of_the_commit_is_a_rollback(
     assert post(registry, late=drop) == "500"
 
     (record,) = caplog.records
-    assert record.getMessage().startswith(
-        "POST /notes: the commit failed, everything is rolled back: "
-    )
+    assert record.getMessage().startswith("POST /notes: commit failed, rolled back: ")

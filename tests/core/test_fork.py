@@ -24,7 +24,6 @@ SCENES = {
         "unwinding",
         "abandoned",
         "detached",
-        "engine_dies",
     ),
     "multiprocessing": ("share_nothing",),
     "C": ("share_nothing", "two_threads"),
@@ -53,7 +52,7 @@ def run(url: URL, fork: str, *scenes: str) -> Any:
     return json.loads(result.stdout)
 
 
-pytestmark = pytest.mark.xdist_group("fork")
+pytestmark = [pytest.mark.xdist_group("fork"), pytest.mark.promise("forks")]
 
 
 @pytest.mark.parametrize("fork", ["os.fork", "multiprocessing", "C"])
@@ -127,13 +126,8 @@ def test_a_connection_without_a_pool_does_not_hinder_a_fork(seen: dict[str, Any]
     assert seen["os.fork"]["detached"][0] == ["int", "int", "int"]
 
 
-def test_an_engine_may_die_at_the_fork(seen: dict[str, Any]) -> None:
-    """Those that are left get their new pools all the same."""
-    assert seen["os.fork"]["engine_dies"][0] == [0, True]
-
-
 def test_the_threads_of_a_child_do_not_meet(seen: dict[str, Any]) -> None:
-    """One gives it new pools, and the other waits for them."""
+    """One forgets the parent's connections, and the other waits for it."""
     (parent, *children), rows = seen["C"]["two_threads"]
 
     assert len(children) == 2

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tests.support.models import Database
     from tests.support.postgres import Admin
 
+pytestmark = pytest.mark.promise("interruptions")
+
 DRIVERS = [
     pytest.param("psycopg", id="psycopg"),
     pytest.param("pg8000", id="pg8000"),

@@ -17,6 +17,8 @@ from wsgi_dbsession import current_scope, session_scope
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
 
+pytestmark = pytest.mark.promise("hooks")
+
 
 def test_hooks_run_after_the_commit_in_order(
     database: Database, registry: scoped_session[Session]
@@ -99,7 +101,7 @@ def test_an_error_in_a_hook_is_logged_only(
     assert calls == ["next"]
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("wsgi_dbsession", logging.ERROR)
-    assert record.getMessage() == f"a hook failed after the {outcome}: {fail!r}"
+    assert record.getMessage() == f"session_scope: a hook failed after the {outcome}: {fail!r}"
     assert record.exc_info is not None
     assert record.exc_info[0] is AppError
 
@@ -121,6 +123,7 @@ def test_an_interruption_in_a_hook_propagates(
     assert_nothing_left(sqlite_registry)
 
 
+@pytest.mark.promise("first error")
 def test_the_first_error_beats_an_interruption_in_a_hook(
     sqlite_registry: scoped_session[Session],
 ) -> None:

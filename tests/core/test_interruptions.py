@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     Registry = scoped_session[Session]
 
+pytestmark = pytest.mark.promise("interruptions")
+
 LOCK = "SELECT 'secret' FROM pg_advisory_xact_lock(1)"
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from wsgi_dbsession._response import CommitOn
 
+pytestmark = pytest.mark.promise("log")
+
 
 @pytest.mark.parametrize("commit_on", ["complete", "headers", "close"])
 @pytest.mark.parametrize("body", BODIES)
@@ -47,6 +49,7 @@ def test_the_normal_way_logs_nothing(
     assert caplog.record_tuples == []
 
 
+@pytest.mark.promise("no silent loss")
 @pytest.mark.parametrize(
     ("method", "work", "logged"),
     [
@@ -74,7 +77,7 @@ def test_writes_that_a_veto_discards_are_logged(
 
     Server().run(app, make_environ(method, "/notes", SCRIPT_NAME="/app"))
 
-    line = f"{method} /app/notes: what it wrote is rolled back because of its status; "
-    line += "scope.keep() commits in spite of that"
+    line = f"{method} /app/notes: discarding uncommitted changes: status 404; "
+    line += "scope.keep() commits them"
     expected = [("wsgi_dbsession", logging.INFO, line)] if logged else []
     assert caplog.record_tuples == expected

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from wsgi_dbsession._response import CommitOn
 
 
+@pytest.mark.promise("headers", "complete", "close")
 @pytest.mark.parametrize("commit_on", MOMENTS)
 @pytest.mark.parametrize("body", BODIES)
 def test_the_commit_comes_at_its_moment(
@@ -36,6 +37,7 @@ def test_the_commit_comes_at_its_moment(
     assert server.trace == moment_of(commit_on, body)
 
 
+@pytest.mark.promise("complete", "write", "no body")
 @pytest.mark.parametrize(
     ("method", "status", "length", "trace"),
     [
@@ -85,7 +87,7 @@ def test_the_commit_comes_at_its_moment(
             "GET",
             "200 OK",
             "0",
-            ["commit", "start 200", "block one", "end"],
+            ["commit", "start 200", "block one", "commit", "end"],
             id="a length of zero",
         ),
         pytest.param(
@@ -106,21 +108,21 @@ def test_the_commit_comes_at_its_moment(
             "GET",
             "204 No Content",
             None,
-            ["commit", "start 204", "block one", "end"],
+            ["commit", "start 204", "block one", "commit", "end"],
             id="a status 204",
         ),
         pytest.param(
             "GET",
             "304 Not Modified",
             None,
-            ["commit", "start 304", "block one", "end"],
+            ["commit", "start 304", "block one", "commit", "end"],
             id="a status 304",
         ),
         pytest.param(
             "GET",
             "103 Early Hints",
             None,
-            ["commit", "start 103", "block one", "end"],
+            ["commit", "start 103", "block one", "commit", "end"],
             id="a status 1xx",
         ),
     ],
@@ -147,6 +149,7 @@ def test_the_commit_comes_before_the_client_has_all(
     assert server.trace == trace
 
 
+@pytest.mark.promise("complete")
 @pytest.mark.parametrize("commit_on", MOMENTS)
 def test_an_empty_body_is_committed_before_its_start(
     sqlite_registry: scoped_session[Session], commit_on: CommitOn
@@ -166,6 +169,7 @@ def test_an_empty_body_is_committed_before_its_start(
     assert server.trace == (["start 303", "end", "commit"] if commit_on == "close" else early)
 
 
+@pytest.mark.promise("no body")
 @pytest.mark.parametrize("commit_on", MOMENTS)
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
 def test_a_body_that_the_server_does_not_ask_for_is_complete(
@@ -185,6 +189,7 @@ def test_a_body_that_the_server_does_not_ask_for_is_complete(
     assert server.trace == (early[::-1] if commit_on == "close" else early)
 
 
+@pytest.mark.promise("the rest")
 def test_each_part_of_a_stream_has_an_outcome(
     database: Database, registry: scoped_session[Session]
 ) -> None:
@@ -207,6 +212,7 @@ def test_each_part_of_a_stream_has_an_outcome(
     response.close()  # type: ignore[attr-defined]
 
 
+@pytest.mark.promise("the rest", "incomplete")
 @pytest.mark.parametrize("how", ["an error", "an early close"])
 def test_a_stream_that_breaks_off_keeps_what_was_committed(
     database: Database, registry: scoped_session[Session], how: str
@@ -270,6 +276,7 @@ def test_a_client_that_goes_away_with_the_whole_body_changes_nothing(
     assert database.notes() == ["closing", "early"]
 
 
+@pytest.mark.promise("the rest")
 def test_what_is_done_at_close_has_an_outcome(
     database: Database, registry: scoped_session[Session]
 ) -> None:
@@ -284,6 +291,7 @@ def test_what_is_done_at_close_has_an_outcome(
     assert database.notes() == ["closing"]
 
 
+@pytest.mark.promise("no connection held")
 def test_no_connection_is_held_while_the_client_reads(
     sqlite_database: Database, sqlite_registry: scoped_session[Session]
 ) -> None:

@@ -106,6 +106,7 @@ ROWS = {
 }
 
 
+@pytest.mark.promise("error", "doom", "incomplete", "keep", "veto", "otherwise")
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_the_first_row_that_holds_is_the_outcome(
@@ -115,6 +116,7 @@ def test_the_first_row_that_holds_is_the_outcome(
     check_row(sqlite_database, sqlite_registry, row, body)
 
 
+@pytest.mark.promise("error", "doom", "incomplete", "keep", "veto", "otherwise")
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_the_table_holds_on_postgres(
     postgres_database: Database, postgres_registry: scoped_session[Session], row: Row
@@ -150,6 +152,7 @@ def check_row(database: Database, registry: scoped_session[Session], row: Row, b
     assert_nothing_left(registry)
 
 
+@pytest.mark.promise("every change")
 @pytest.mark.parametrize(
     ("work", "notes"),
     [
@@ -186,6 +189,7 @@ def test_every_change_counts(
     assert database.notes() == expected
 
 
+@pytest.mark.promise("own commits")
 def test_what_the_application_committed_itself_stays(
     database: Database, registry: scoped_session[Session]
 ) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from wsgi_dbsession._response import CommitOn
 
+pytestmark = pytest.mark.promise("PEP 3333")
+
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("commit_on", MOMENTS)
@@ -65,6 +67,7 @@ def test_the_validator_has_no_complaint_about_an_answer(
     assert (reply.status, reply.body, reply.errors) == ("503 Service Unavailable", b"sorry", [])
 
 
+@pytest.mark.promise("finished bodies")
 @pytest.mark.parametrize("body", ["list body", "tuple body", "file wrapper"])
 def test_a_finished_body_reaches_the_server_unwrapped(
     sqlite_registry: scoped_session[Session], body: str
@@ -105,6 +108,7 @@ def generate_file(file: io.BytesIO, size: int = 8192) -> Iterator[bytes]:
     yield from FileWrapper(file, size)
 
 
+@pytest.mark.promise("finished bodies")
 @pytest.mark.parametrize(
     ("file_wrapper", "unwrapped"),
     [
@@ -229,7 +233,7 @@ def test_an_error_after_the_start_was_sent_is_raised_by_the_server(
 def test_a_second_start_without_an_error_is_refused(
     sqlite_database: Database, sqlite_registry: scoped_session[Session], commit_on: CommitOn
 ) -> None:
-    """PEP 3333 calls it a fatal error; the work is lost, whoever catches that."""
+    """PEP 3333 calls it a fatal error; swallowed, it is raised again before the start."""
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         flush_note(sqlite_registry, "a")
@@ -240,9 +244,11 @@ def test_a_second_start_without_an_error_is_refused(
 
     server = Server()
 
-    server.run(SessionMiddleware(app, sqlite_registry, commit_on=commit_on), make_environ())
+    with pytest.raises(AssertionError, match="a second time without exc_info"):
+        server.run(SessionMiddleware(app, sqlite_registry, commit_on=commit_on), make_environ())
 
-    assert [status for status, _, _ in server.starts] == ["200 OK"]
+    released = ["200 OK"] if commit_on == "close" else []
+    assert [status for status, _, _ in server.starts] == released
     assert sqlite_database.notes() == []
 
 
@@ -429,6 +435,7 @@ def test_a_body_that_cannot_be_iterated_over_is_closed(
     assert body.closed == 1
 
 
+@pytest.mark.promise("first error")
 @pytest.mark.parametrize("first", [AppError, Kill], ids=["an error", "an interruption"])
 @pytest.mark.parametrize("second", [ValueError, SystemExit], ids=["an error", "an interruption"])
 def test_the_first_error_beats_that_of_the_close(

@@ -14,6 +14,8 @@ from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.promise("constructors")
+
 
 def session_class() -> scoped_session[Session]:
     return scoped_session(cast("Any", Session), scopefunc=current_scope)
@@ -34,15 +36,22 @@ def other_scopefunc() -> scoped_session[Session]:
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        pytest.param(sessionmaker, TypeError, "is a scoped_session, not", id="a sessionmaker"),
-        pytest.param(Session, TypeError, "is a scoped_session, not", id="a Session"),
         pytest.param(
-            lambda: create_engine("sqlite://"), TypeError, "is a scoped_session", id="an Engine"
+            sessionmaker, TypeError, "must be a scoped_session, got", id="a sessionmaker"
         ),
-        pytest.param(thread_local, ValueError, "is not current_scope", id="a thread-local one"),
-        pytest.param(other_scopefunc, ValueError, "is not current_scope", id="another scopefunc"),
-        pytest.param(session_class, TypeError, "is not a sessionmaker", id="over a Session class"),
-        pytest.param(plain_function, TypeError, "is not a sessionmaker", id="over a function"),
+        pytest.param(Session, TypeError, "must be a scoped_session, got", id="a Session"),
+        pytest.param(
+            lambda: create_engine("sqlite://"),
+            TypeError,
+            "must be a scoped_session",
+            id="an Engine",
+        ),
+        pytest.param(thread_local, ValueError, "must be current_scope", id="a thread-local one"),
+        pytest.param(other_scopefunc, ValueError, "must be current_scope", id="another scopefunc"),
+        pytest.param(
+            session_class, TypeError, "must be a sessionmaker", id="over a Session class"
+        ),
+        pytest.param(plain_function, TypeError, "must be a sessionmaker", id="over a function"),
     ],
 )
 @pytest.mark.parametrize("user", ["the middleware", "a block"])
@@ -62,12 +71,13 @@ def test_a_registry_that_cannot_work_is_refused(
 
 
 def test_a_block_needs_a_registry() -> None:
-    """None at all is refused, with the mend."""
-    with pytest.raises(ValueError, match=r"no session registry was given: .*scoped_session\("):
+    """None at all is refused, with the fix."""
+    with pytest.raises(ValueError, match=r"registries must not be empty\. .*scoped_session\("):
         session_scope()
 
 
 def test_a_registry_is_counted_once(sqlite_registry: scoped_session[Session]) -> None:
     """Given twice, it takes part once."""
     with session_scope(sqlite_registry, sqlite_registry) as scope:
-        assert scope.registries == (sqlite_registry,)
+        session = sqlite_registry()
+        assert list(scope.sessions.values()) == [session]

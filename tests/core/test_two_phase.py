@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     Registry = scoped_session[Session]
 
+pytestmark = pytest.mark.promise("two-phase")
+
 
 @pytest.fixture
 def two_phase(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from tests.support.models import Database
     from wsgi_dbsession._response import CommitOn
 
+pytestmark = pytest.mark.promise("unclosed")
+
 
 @pytest.mark.parametrize("commit_on", MOMENTS)
 @pytest.mark.parametrize("body", BLOCK_BY_BLOCK)
@@ -45,14 +48,21 @@ def test_a_response_that_nobody_closes_leaves_nothing(
     environ = make_environ()
     gc.disable()
     try:
-        response = iter(app(environ, Server().start_response))
-        for _ in range(asked):
-            next(response)
-        del response
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            response = iter(app(environ, Server().start_response))
+            for _ in range(asked):
+                next(response)
+            del response
 
         assert_nothing_left(sqlite_registry)
     finally:
         gc.enable()
+    # A generator that was not started has done nothing.
+    decided = commit_on == "headers" or (
+        commit_on == "close" and body == "generator application" and not asked
+    )
+    assert [each.category for each in caught] == ([] if decided else [ResourceWarning])
 
     committed = ["early"] if commit_on == "headers" else []
     assert sqlite_database.notes() == committed
@@ -75,7 +85,8 @@ def test_a_caught_error_keeps_no_unclosed_response(
     app = SessionMiddleware(BODIES["unsized generator"](Program(early)), sqlite_registry)
     gc.disable()
     try:
-        next(iter(app(make_environ(), Server().start_response)))
+        with pytest.warns(ResourceWarning, match="GET /: response dropped without close"):
+            next(iter(app(make_environ(), Server().start_response)))
 
         assert_nothing_left(sqlite_registry)
     finally:
@@ -96,7 +107,8 @@ def test_a_thousand_unclosed_responses_leave_no_memory(
 
     before = alive()
     for _ in range(1000):
-        next(iter(app(make_environ(), Server().start_response)))
+        with pytest.warns(ResourceWarning):
+            next(iter(app(make_environ(), Server().start_response)))
 
     assert alive() == before
 
@@ -112,7 +124,8 @@ def test_an_unclosed_response_in_a_cycle_is_collected(
     next(response)
 
     del response, cycle
-    gc.collect()
+    with pytest.warns(ResourceWarning):
+        gc.collect()
 
     assert_nothing_left(sqlite_registry)
     assert sqlite_database.notes() == []

@@ -84,10 +84,10 @@ MUTATIONS = {
         SharedConnection.end = commit_and_end
     """,
     "no savepoints": """
-        SharedConnection._emit = lambda self, order, name: None
+        Savepoints._emit = lambda self, order, name: None
     """,
     "no re-binding": """
-        _Isolation.bind = lambda self, factory: None
+        Isolation.bind = lambda self, factory: None
     """,
     "no undoing in the inner isolation": """
         SharedConnection.close_level = lambda self, level: None
@@ -100,8 +100,8 @@ def test_it_fails_if_the_isolation_is_broken(tmp_path: Path, mutation: str) -> N
     """Each part of the isolation is needed, and its loss is noticed."""
     lines = [line[8:] for line in mutation.splitlines()]
     (tmp_path / "mutation.py").write_text(
-        "from wsgi_dbsession.testing._isolation import SharedConnection, _Isolation\n"
-        + "\n".join(lines),
+        "from wsgi_dbsession.testing._isolation import Isolation, SharedConnection\n"
+        "from wsgi_dbsession.testing._savepoints import Savepoints\n" + "\n".join(lines),
         encoding="utf-8",
     )
     result = run(f"sqlite:///{tmp_path / 'guestbook.db'}", tmp_path, "-p", "mutation")

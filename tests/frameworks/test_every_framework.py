@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from tests.support.models import Database
 
+pytestmark = pytest.mark.promise("frameworks")
+
 every_framework = pytest.mark.parametrize(
     "framework", [pytest.param(each, id=each.name) for each in FRAMEWORKS]
 )
@@ -44,6 +46,7 @@ every_scenario = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.promise("no false success")
 @every_framework
 @every_scenario
 def test_no_whole_success_without_a_commit(

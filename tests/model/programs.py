@@ -7,6 +7,7 @@ All of this is the same whether the acts are done in a database, or in the model
 from __future__ import annotations
 
 import gc
+import inspect
 import io
 import sys
 from contextlib import ExitStack, suppress
@@ -505,7 +506,12 @@ def frames_of(response: object) -> list[FrameType]:
     calls that a generator was resumed by, so that nobody has let go of the response until the
     Session is closed.
     """
-    return [each for each in gc.get_referrers(response) if isinstance(each, FrameType)]
+    return [
+        each
+        for each in gc.get_referrers(response)
+        # Not a generator that waits: to clear its frame is to close it.
+        if isinstance(each, FrameType) and not each.f_code.co_flags & inspect.CO_GENERATOR
+    ]
 
 
 def name_of(error: BaseException) -> str:

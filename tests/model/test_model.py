@@ -259,6 +259,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.promise("no false success")
 @BUDGETS
 def test_random_programs_on_sqlite_do_what_the_model_says(tmp_path: Path, budget: int) -> None:
     """Rows, answers, hooks, log lines, Sessions and connections are those of the model."""
@@ -269,6 +270,7 @@ def test_random_programs_on_sqlite_do_what_the_model_says(tmp_path: Path, budget
         databases.dispose()
 
 
+@pytest.mark.promise("no false success")
 @BUDGETS
 def test_random_programs_on_postgresql_do_what_the_model_says(
     postgres_database: Database, other_postgres_database: Database, budget: int

@@ -11,7 +11,7 @@ from tests.retry.applications import Closing, Race
 from tests.retry.databases import engine_of
 from tests.support.models import Database, Note, make_engine
 from tests.support.postgres import DRIVERS
-from tests.support.wsgi import make_registry
+from tests.support.wsgi import make_registry, open_sessions
 from wsgi_dbsession import session_scope
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def serializable(postgres_database: Database) -> Iterator[scoped_session[Session
     left = pool.checkedout()
     engine.dispose()
     assert left == 0, f"{left} connections were not returned to the pool"
-    assert registry.registry.registry == {}
+    assert not open_sessions(registry)
 
 
 @pytest.fixture

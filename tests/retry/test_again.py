@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from tests.support import postgres
 
+pytestmark = pytest.mark.promise("run again")
+
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_lost_race_is_run_again_and_nobody_notices(

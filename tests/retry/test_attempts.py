@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
     from sqlalchemy.orm import Session, scoped_session
 
+pytestmark = pytest.mark.promise("attempts")
+
 
 def test_each_attempt_gets_the_environ_as_it_was(plain: scoped_session[Session]) -> None:
     """Neither the next attempt nor the server sees what an attempt has put there."""

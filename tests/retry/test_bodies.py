@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
     from sqlalchemy.orm import Session, scoped_session
 
+pytestmark = pytest.mark.promise("attempts")
+
 
 class Socket(io.BytesIO):
     """A body that says how much of it was read."""

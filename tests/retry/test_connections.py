@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 # -- connections that broke -----------------------------------------------------------------------
 
 
+@pytest.mark.promise("run again")
 @pytest.mark.parametrize("framework", [list_app, flask_app], ids=["raised", "error page"])
 @pytest.mark.parametrize("at", ["between requests", "in mid-transaction"])
 def test_a_connection_that_was_ended_before_the_commit_is_not_noticed(
@@ -102,6 +103,7 @@ def proxied(proxy: Proxy, driver: str, postgres_database: Database) -> Iterator[
         yield engine
 
 
+@pytest.mark.promise("never again")
 @pytest.mark.parametrize("framework", [list_app, flask_app], ids=["raised", "error page"])
 def test_an_outcome_that_is_unknown_is_never_run_again(
     framework: Any,
@@ -134,6 +136,7 @@ def test_an_outcome_that_is_unknown_is_never_run_again(
     assert postgres_database.notes() == ["note"]
 
 
+@pytest.mark.promise("never again", "jobs")
 def test_a_job_whose_outcome_is_unknown_is_never_run_again(
     proxy: Proxy,
     proxied: Engine,
@@ -173,6 +176,7 @@ def held_commits(database: Database) -> Iterator[None]:
         yield
 
 
+@pytest.mark.promise("never again")
 def test_a_connection_that_was_ended_during_commit_is_never_run_again(
     engine: Engine,
     postgres_admin: postgres.Admin,
@@ -208,6 +212,7 @@ def test_a_connection_that_was_ended_during_commit_is_never_run_again(
     assert_unknown(caplog, error)
 
 
+@pytest.mark.promise("never again")
 @pytest.mark.parametrize("code", ["40003", "08006", "57P01"])
 def test_an_answer_to_commit_that_leaves_it_open_is_never_run_again(
     code: str, engine: Engine, postgres_database: Database, caplog: pytest.LogCaptureFixture
@@ -293,6 +298,7 @@ def test_a_rollback_that_fails_does_not_hide_the_cause(
     assert (len(attempts), postgres_database.notes()) == (2, ["note"])
 
 
+@pytest.mark.promise("never again")
 def test_a_connection_that_was_ended_between_the_phases_is_never_run_again(
     engine: Engine,
     postgres_database: Database,
@@ -322,6 +328,7 @@ def test_a_connection_that_was_ended_between_the_phases_is_never_run_again(
     assert postgres_database.notes() == other_postgres_database.notes() == []
 
 
+@pytest.mark.promise("never again")
 def test_a_connection_that_broke_in_the_statement_of_a_phase_is_never_run_again(
     engine: Engine, postgres_admin: postgres.Admin, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from tests.support.models import Database
 
+pytestmark = pytest.mark.promise("jobs")
+
 
 def test_a_job_that_lost_a_race_is_run_again(
     race: Race, postgres_database: Database, caplog: pytest.LogCaptureFixture

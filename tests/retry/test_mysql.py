@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import URL, Engine
 
+pytestmark = pytest.mark.promise("run again")
+
 
 @pytest.fixture(scope="module")
 def mysql_url() -> URL:

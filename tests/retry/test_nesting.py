@@ -75,6 +75,7 @@ def test_a_lost_race_of_a_request_in_a_request_is_one_of_the_outer(
 # -- constructors ---------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("constructors")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -102,6 +103,7 @@ def test_a_wrong_argument_is_refused_when_the_application_is_built(
             run_transaction(lambda: None, plain, **arguments)
 
 
+@pytest.mark.promise("constructors")
 def test_the_wrong_order_is_refused_when_the_application_is_built(
     plain: scoped_session[Session],
 ) -> None:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from tests.support import postgres
 
+pytestmark = pytest.mark.promise("never again")
+
 
 def test_retry_is_an_order_to_run_again(plain: scoped_session[Session]) -> None:
     """``Retry`` needs no database error; after the last attempt it is an error like any other."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tests.support.postgres import Server
 
-pytestmark = pytest.mark.servers
+pytestmark = [pytest.mark.servers, pytest.mark.promise("run again")]
 
 ROOT = Path(__file__).parents[2]
 GUNICORN = "-m gunicorn --bind fd://FD --no-control-socket --log-level warning"

@@ -152,7 +152,7 @@ def set_ups(results: Results) -> list[str]:
         if "not run" in facts:
             lines += [f"- **{server.name}**: not run, {facts['not run']}.", ""]
             continue
-        lines += [f"- **{server.name}**: {facts['versions']}", "", "  ```console"]
+        lines += [f"- **{server.name}**: {facts['versions']}.", "", "  ```console"]
         lines += [f"  $ {server.command}", "  ```", ""]
     return lines
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .facts import Facts
     from .fleet import Running
 
-pytestmark = pytest.mark.usefixtures("clean")
+pytestmark = [pytest.mark.usefixtures("clean"), pytest.mark.promise("servers")]
 
 #: seconds within which the database is free again after a client went away, while blocks are due
 DISCONNECT_BOUND = 3.0
@@ -54,6 +54,7 @@ def test_two_requests_on_one_connection_share_nothing(
     facts.see("keep-alive", kept)
 
 
+@pytest.mark.promise("requests do not meet")
 def test_requests_at_once_share_nothing(running: Running, observer: Observer) -> None:
     """No session, transaction or row crosses from one of many simultaneous requests to another."""
 
@@ -166,6 +167,7 @@ def test_a_client_that_goes_away_rolls_back(
     facts.see(f"disconnect: {manner}", outcome)
 
 
+@pytest.mark.promise("no connection held")
 def test_slow_readers_hold_no_connection(
     running: Running, observer: Observer, facts: Facts, token: str
 ) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .facts import Facts
     from .fleet import Running
 
-pytestmark = pytest.mark.usefixtures("clean")
+pytestmark = [pytest.mark.usefixtures("clean"), pytest.mark.promise("servers")]
 
 #: kind of body: the number of its blocks
 BODIES = {
@@ -93,6 +93,7 @@ def test_a_client_gets_its_body_and_its_row_is_saved(
     facts.see(f"success: {kind}", f"{seen.kind}, {seen.framing}")
 
 
+@pytest.mark.promise("no false success")
 @every_body
 def test_a_failed_commit_is_no_success(
     running: Running, observer: Observer, facts: Facts, token: str, kind: str
@@ -105,6 +106,7 @@ def test_a_failed_commit_is_no_success(
     facts.see(f"failed commit: {kind}", judge(seen, running, kind))
 
 
+@pytest.mark.promise("no false success", "no body")
 @every_body
 def test_a_failed_commit_is_no_success_for_head(
     running: Running, observer: Observer, facts: Facts, token: str, kind: str

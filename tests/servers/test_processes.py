@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .conftest import Observer
     from .facts import Facts
 
+pytestmark = pytest.mark.promise("servers")
+
 #: seconds within which a killed worker's successor answers
 RESPAWN_BOUND = 20.0
 
@@ -32,6 +34,7 @@ def identity(running: Running, sleep: float = 0.005) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.promise("forks")
 def test_forked_processes_share_no_connection(
     running: Running, observer: Observer, facts: Facts
 ) -> None:

@@ -10,6 +10,7 @@ from wsgiref.util import FileWrapper, setup_testing_defaults
 
 import pytest
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm.session import _sessions
 
 from wsgi_dbsession import NoScopeError, current_scope
 
@@ -32,12 +33,20 @@ def make_registry(engine: Engine | Connection | None, **options: Any) -> scoped_
     return scoped_session(sessionmaker(engine, **options), scopefunc=current_scope)
 
 
+def open_sessions(registry: scoped_session[Session]) -> list[Session]:
+    """Return the Sessions of this registry that hold a transaction, whoever has them."""
+    kind = registry.session_factory.class_  # type: ignore[attr-defined]
+    return [
+        each for each in _sessions.values() if isinstance(each, kind) and each.in_transaction()
+    ]
+
+
 def assert_nothing_left(*registries: scoped_session[Session]) -> None:
     """Fail if a scope, a Session or a connection is left."""
     with pytest.raises(NoScopeError):
         current_scope()
     for registry in registries:
-        assert registry.registry.registry == {}
+        assert not open_sessions(registry)
         pool: Any = registry.session_factory.kw["bind"].pool
         assert pool.checkedout() == 0
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from tests.support import postgres
 
+pytestmark = pytest.mark.promise("as in production")
+
 
 # -- it fails as in production --------------------------------------------------------------------
 
@@ -47,7 +49,7 @@ def test_a_commit_fails_as_in_production(database: Database, registry: Registry)
     )
     with isolate(registry) as outcomes:
         assert request(app) == 503
-        assert outcomes[0].reason == "commit failed"
+        assert outcomes[0].reason == "rolled back"
         with pytest.raises(IntegrityError), session_scope(registry):
             registry.add(Book(author_id=7))
         add(registry, "after it")
@@ -154,7 +156,7 @@ def test_an_aborted_transaction_cannot_be_committed(postgres_database: Database)
                     registry.execute(text("SELECT 1 / 0"))
                 if audit:
                     add(registry, "audit")
-        assert [each.reason for each in outcomes] == ["commit failed", "commit failed", "complete"]
+        assert [each.reason for each in outcomes] == ["rolled back", "rolled back", "complete"]
         assert notes(registry) == ["audit"]
 
 
@@ -264,7 +266,7 @@ def test_sqlite_needs_no_recipe(tmp_path: Path, options: dict[str, Any]) -> None
 def test_sqlites_own_rollback_ends_the_isolation(sqlite_database: Database) -> None:
     """It undoes the outer transaction, so what follows would be committed."""
     registry = make_registry(sqlite_database.engine)
-    with problem("SQLite has rolled back"), isolate(registry):
+    with problem("was rolled back", "ON CONFLICT ROLLBACK"), isolate(registry):
         add(registry, "a")
         with contextlib.suppress(Exception), session_scope(registry):
             registry.execute(insert(Note).values(id=1).prefix_with("OR ROLLBACK"))

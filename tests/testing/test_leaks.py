@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+pytestmark = pytest.mark.promise("leaks")
+
 
 def _stream(registry: Registry, *, savepoint: bool = False) -> WSGIApplication:
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:

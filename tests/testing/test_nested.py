@@ -13,6 +13,8 @@ from tests.testing.applications import Registry, add, make_app, notes, problem, 
 from wsgi_dbsession import session_scope
 from wsgi_dbsession.testing import isolate
 
+pytestmark = pytest.mark.promise("nothing remains")
+
 # -- nested isolation -----------------------------------------------------------------------------
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import WSGIApplication
 
+pytestmark = pytest.mark.promise("nothing remains")
+
 
 # -- nothing remains ------------------------------------------------------------------------------
 

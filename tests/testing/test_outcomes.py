@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from tests.support.models import Database
 
+pytestmark = pytest.mark.promise("outcomes")
+
 
 @pytest.fixture
 def plain() -> Iterator[Registry]:

@@ -98,11 +98,11 @@ def test_one_line_of_configuration_will_do(shop: pytest.Pytester) -> None:
         from shop import add, notes
 
         @pytest.mark.parametrize("number", [1, 2])
-        def test_it(isolation, number):
+        def test_it(dbsession_isolation, number):
             assert notes() == []
             add("a")
             assert notes() == ["a"]
-            assert isolation[1].outcome == "commit"
+            assert dbsession_isolation[1].outcome == "commit"
         """
     )
     run(shop).assert_outcomes(passed=2)
@@ -117,11 +117,11 @@ def test_classes_and_modules_are_isolated_as_a_whole(shop: pytest.Pytester) -> N
         from shop import add, notes
 
         @pytest.fixture(scope="module", autouse=True)
-        def for_the_module(module_isolation):
+        def for_the_module(dbsession_module_isolation):
             add("module")
 
         @pytest.fixture(scope="class")
-        def for_the_class(class_isolation):
+        def for_the_class(dbsession_class_isolation):
             add("class")
 
         @pytest.mark.usefixtures("for_the_class")
@@ -130,20 +130,20 @@ def test_classes_and_modules_are_isolated_as_a_whole(shop: pytest.Pytester) -> N
                 assert notes() == ["module", "class"]
                 add("test")
 
-            def test_it_stands_on_the_one_before(self, isolation):
+            def test_it_stands_on_the_one_before(self, dbsession_isolation):
                 assert notes() == ["module", "class", "test"]
                 add("isolated")
 
             def test_it_is_not_disturbed(self):
                 assert notes() == ["module", "class", "test"]
 
-        def test_the_class_is_over(isolation):
+        def test_the_class_is_over(dbsession_isolation):
             assert notes() == ["module"]
         """,
         test_two="""
         from shop import notes
 
-        def test_the_module_is_over(isolation):
+        def test_the_module_is_over(dbsession_isolation):
             assert notes() == []
         """,
     )
@@ -157,9 +157,9 @@ def test_outcomes_are_visible_without_isolation(shop: pytest.Pytester) -> None:
         """
         from shop import add
 
-        def test_it(outcomes):
+        def test_it(dbsession_outcomes):
             add("a")
-            assert [each.reason for each in outcomes] == ["complete"]
+            assert [each.reason for each in dbsession_outcomes] == ["complete"]
         """
     )
     run(shop).assert_outcomes(passed=1)
@@ -178,20 +178,23 @@ def test_a_fixture_may_name_the_registries(shop: pytest.Pytester) -> None:
         def session_registries():
             return [shop.Session]
 
-        def test_it(module_isolation, outcomes):
+        def test_it(dbsession_module_isolation, dbsession_outcomes):
             shop.add("a")
-            assert len(outcomes) == len(module_isolation) == 1
+            assert len(dbsession_outcomes) == len(dbsession_module_isolation) == 1
         """
     )
     run(shop).assert_outcomes(passed=1)
     assert rows(shop) == 0
 
 
+@pytest.mark.promise("constructors")
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        pytest.param("", "which session registries are to be isolated?", id="nothing"),
-        pytest.param("shop", "names 'shop', which cannot be found", id="no name"),
+        pytest.param("", "must name the session registries to isolate", id="nothing"),
+        pytest.param(
+            "shop", "must name registries as package.module:name, got 'shop'", id="no name"
+        ),
         pytest.param("shop:Sessions", "no attribute 'Sessions'", id="another name"),
         pytest.param("shops:Session", "No module named 'shops'", id="another module"),
     ],
@@ -201,12 +204,13 @@ def test_a_wrong_configuration_is_explained(
 ) -> None:
     """With what to write instead."""
     shop.makeini(f"[pytest]\nwsgi_dbsession_registries = {line}")
-    shop.makepyfile("def test_it(isolation): pass")
+    shop.makepyfile("def test_it(dbsession_isolation): pass")
     result = run(shop)
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines([f"*{complaint}*"])
 
 
+@pytest.mark.promise("leaks")
 def test_a_leak_fails_its_test_and_no_other(shop: pytest.Pytester) -> None:
     """The report names the line of the test, without a traceback of the plugin."""
     shop.makepyfile(
@@ -215,12 +219,12 @@ def test_a_leak_fails_its_test_and_no_other(shop: pytest.Pytester) -> None:
 
         kept = []
 
-        def test_it_leaks(isolation):
+        def test_it_leaks(dbsession_isolation):
             response = app({"REQUEST_METHOD": "GET", "PATH_INFO": "/feed"}, lambda *_: None)
             kept.append(response)
             next(response)
 
-        def test_the_next_one(isolation):
+        def test_the_next_one(dbsession_isolation):
             add("a")
             assert notes() == ["a"]
         """
@@ -237,6 +241,7 @@ def test_a_leak_fails_its_test_and_no_other(shop: pytest.Pytester) -> None:
     assert rows(shop) == 0
 
 
+@pytest.mark.promise("nothing remains")
 @pytest.mark.parametrize("database", ["one file for each worker", "one PostgreSQL for all"])
 def test_workers_of_xdist_do_not_disturb_each_other(
     shop: pytest.Pytester,
@@ -270,7 +275,7 @@ def test_workers_of_xdist_do_not_disturb_each_other(
             Base.metadata.create_all(engine)
 
         @pytest.mark.parametrize("number", range(8))
-        def test_it(isolation, number):
+        def test_it(dbsession_isolation, number):
             assert notes() == []
             for each in range(3):
                 add(str(number))

@@ -16,6 +16,8 @@ from tests.testing.applications import Registry, add, make_app, notes, request
 from wsgi_dbsession import current_scope, session_scope
 from wsgi_dbsession.testing import isolate
 
+pytestmark = pytest.mark.promise("nothing remains")
+
 
 @pytest.mark.parametrize("doomed", [False, True], ids=["committed", "rolled back"])
 @pytest.mark.parametrize("swap", [False, True], ids=["first first", "second first"])

@@ -1,4 +1,4 @@
-"""Isolation: every scope in one transaction that is rolled back, and nobody notices."""
+"""Isolation: every scope in one transaction that is rolled back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session
 
-from wsgi_dbsession._scope import check_registries, scopes_in_force
-from wsgi_dbsession._transaction import log
+from wsgi_dbsession._block import session_scope
+from wsgi_dbsession._registry import adopt
+from wsgi_dbsession._report import log
+from wsgi_dbsession._scope import find_scope
 
+from ._engine import IsolatedEngine
 from ._outcomes import record_outcomes
-from ._shared import IsolatedEngine, SharedConnection
+from ._shared import SharedConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -26,12 +29,12 @@ if TYPE_CHECKING:
     from wsgi_dbsession._scope import Scope
 
     from ._outcomes import Recorded
-    from ._shared import IsolatedConnection
+    from ._savepoints import IsolatedTransaction
 
 
 @contextlib.contextmanager
 def isolate(*registries: scoped_session[Any], wait: float = 5) -> Generator[list[Recorded]]:
-    """Undo in the end whatever is done in the block.
+    """Roll back at the end whatever is done in the block.
 
     ::
 
@@ -44,28 +47,40 @@ def isolate(*registries: scoped_session[Any], wait: float = 5) -> Generator[list
     as in production. In an isolation inside of another one, the inner one's work is undone first.
 
     :param registries: the application's ``scoped_session`` objects.
-    :param wait: for how many seconds a transaction of another thread waits for its turn.
-    :return: what became of the scopes, see :func:`record_outcomes`.
-    :raises TypeError: see :class:`wsgi_dbsession.session_scope`; or a registry is bound to a
+    :param wait: how many seconds a transaction of another thread waits for its turn.
+    :return: the outcomes of the scopes, see :func:`record_outcomes`.
+    :raises TypeError: see :class:`wsgi_dbsession.session_scope`; or if a registry is bound to a
         Connection.
-    :raises ValueError: likewise; or a registry is not bound to an engine.
-    :raises RuntimeError: at the end of the block, if a scope or a transaction was left open, or if
-        a rollback has undone what another transaction had committed.
+    :raises ValueError: likewise; or if a registry is not bound to an engine.
+    :raises RuntimeError: at the end of the block, if a scope or a transaction was left open, if a
+        rollback has undone what another transaction had committed, or if the outer transaction
+        was ended, so that rows remain in the database.
     """
-    checked = check_registries(registries)
+    with open_isolation(registries, wait) as isolation:
+        yield isolation.outcomes
+
+
+@contextlib.contextmanager
+def open_isolation(
+    registries: tuple[scoped_session[Any], ...], wait: float = 5
+) -> Generator[Isolation]:
+    """Do the same as :func:`isolate`, and return the isolation itself."""
+    adopt(registries)
+    checked = tuple(dict.fromkeys(registries))
     problems: list[str] = []
     with record_outcomes(*checked) as outcomes:
-        isolation = _Isolation(wait)
+        isolation = Isolation(outcomes, wait)
+        isolation.undone.callback(lambda: problems.extend(isolation.find_faults()))
         try:
             with isolation.undone:
                 # First those that another isolation has bound: the rest may share its connection.
                 for registry in sorted(checked, key=_is_outside):
                     isolation.bind(registry.session_factory)
                 try:
-                    yield outcomes
+                    yield isolation
                 finally:
                     problems += _end_scopes(outcomes)
-                    problems += isolation.find_problems()
+                    problems += isolation.find_open()
         except BaseException:
             for problem in problems:
                 log.error("%s", problem)
@@ -75,15 +90,15 @@ def isolate(*registries: scoped_session[Any], wait: float = 5) -> Generator[list
 
 
 def _end_scopes(outcomes: list[Recorded]) -> list[str]:
-    """End what was not ended, so that the next test is none the worse for it.
+    """End the scopes that are open, so that later tests are unaffected.
 
-    A response that a test client has read but not closed is no problem: its outcome is known.
+    A response that a test client has read but not closed is not reported: its outcome is known.
     """
     if _open(outcomes):
-        gc.collect()  # which closes responses that are in a cycle and nobody has any more
+        gc.collect()  # which closes responses that nothing but a cycle refers to
     problems = [
         f"the scope of {record.name} was never ended. It was opened at {record.opened}. "
-        "A request ends when its response is closed, a session_scope block when it is left"
+        "Close the response of a request, and leave a session_scope block"
         for record in _open(outcomes)
     ]
     for record in reversed(outcomes):
@@ -102,34 +117,51 @@ def _open(outcomes: list[Recorded]) -> list[Recorded]:
 
 def _abandon(scope: Scope) -> None:
     if not scope.in_step:
-        scope.enter()
         try:
-            scope.end(complete=False)
+            scope.enter()
+            scope.close(complete=False)
         finally:
             scope.leave()
-    elif next(scopes_in_force(), None) is scope:
+    elif find_scope() is scope:
         try:
-            scope.end(complete=False)
+            scope.close(complete=False)
         finally:
             scope.leave_block()
-    # Else it is at work in another thread or generator, and finds its connection gone.
+    # Else it is active in another thread or generator, and its next statement raises.
 
 
 def _is_outside(registry: scoped_session[Any]) -> bool:
     return not isinstance(registry.session_factory.kw.get("bind"), IsolatedEngine)
 
 
-class _Isolation:
+class Isolation:
     """The connections of one ``isolate`` block, and how to get back to what was before."""
 
-    def __init__(self, wait: float) -> None:
+    def __init__(self, outcomes: list[Recorded], wait: float) -> None:
+        self.outcomes = outcomes
         self.undone = contextlib.ExitStack()
         self._wait = wait
         self._lock = threading.RLock()
         self._shared: dict[Pool, SharedConnection] = {}
-        self._unended: dict[SharedConnection, Callable[[], list[IsolatedConnection]]] = {}
+        self._unended: dict[SharedConnection, Callable[[], list[IsolatedTransaction]]] = {}
         self._engines: dict[Engine, IsolatedEngine] = {}
         self._factories: set[sessionmaker[Any]] = set()
+
+    @contextlib.contextmanager
+    def open_scope(self, registries: tuple[scoped_session[Any], ...]) -> Generator[Scope]:
+        """Open a scope for the test itself, and roll it back.
+
+        If that undoes what requests have committed, it is not reported: the test is over.
+        """
+        with session_scope(*registries) as scope:
+            try:
+                yield scope
+            finally:
+                scope.doom()
+                for shared in self._unended:
+                    shared.savepoints.reporting = False
+        for shared in self._unended:
+            shared.savepoints.reporting = True
 
     def bind(self, factory: sessionmaker[Any]) -> None:
         """Bind a session factory to the shared connections until the end."""
@@ -140,7 +172,7 @@ class _Isolation:
         chooses = factory.class_.get_bind is not Session.get_bind
         if bind is None and not binds and not chooses:
             msg = (
-                "a registry is not bound to an engine, so there is nothing to isolate: call "
+                "a registry must be bound to an engine to be isolated, got None: call "
                 "Session.configure(bind=engine) before isolate(Session)"
             )
             raise ValueError(msg)
@@ -162,8 +194,8 @@ class _Isolation:
         ) -> None:
             if not isinstance(connection.engine, IsolatedEngine):
                 msg = (
-                    f"a Session uses {connection.engine!r} past the isolation: it was made before "
-                    "isolate(), or its registry was bound to an engine after that. Begin the "
+                    f"a Session uses {connection.engine!r} past the isolation. It was made before "
+                    "isolate(), or its registry was bound to an engine after that: begin the "
                     "isolation when the application is made, and outside of any scope"
                 )
                 raise RuntimeError(msg)
@@ -185,7 +217,10 @@ class _Isolation:
     def engine(self, bind: Engine | Connection) -> IsolatedEngine:
         """Return the isolated engine in place of this one."""
         if isinstance(bind, Connection):
-            msg = "a registry is bound to a Connection: isolate() needs its engine, and binds it"
+            msg = (
+                f"a registry must be bound to an engine to be isolated, got {bind!r}: call "
+                "Session.configure(bind=engine) before isolate(Session)"
+            )
             raise TypeError(msg)
         with self._lock:
             isolated = self._engines.get(bind)
@@ -197,32 +232,40 @@ class _Isolation:
         if isinstance(engine, IsolatedEngine):
             self._shared[engine.pool] = shared = engine.shared
             if shared not in self._unended:
-                level = shared.open_level()
-                self.undone.callback(shared.close_level, level)
-                self._unended[shared] = functools.partial(shared.unended, level)
+                self._open_level(shared)
             return engine
         # Engine.execution_options() makes engines that share a pool, and so its connections.
         if engine.pool not in self._shared:
             shared = self._shared[engine.pool] = SharedConnection(engine, self._wait)
             self.undone.callback(shared.end)
-            self._unended[shared] = functools.partial(shared.unended, None)
+            self._open_level(shared)
         return IsolatedEngine(engine, self._shared[engine.pool])
 
-    def find_problems(self) -> list[str]:
-        """Say which transactions are open, and which were not isolated from each other."""
-        problems: list[str] = []
-        for unended in self._unended.values():
-            problems += [
-                f"a transaction was never ended. It was begun at {connection.opened}. Commit, "
-                "roll back or close its Session or Connection"
-                for connection in unended()
-            ]
+    def _open_level(self, shared: SharedConnection) -> None:
+        level = shared.open_level()
+        self.undone.callback(shared.close_level, level)
+        self._unended[shared] = functools.partial(shared.unended, level)
+
+    def find_open(self) -> list[str]:
+        """Return which transactions are open."""
+        return [
+            f"a transaction was never ended. It was begun at {transaction.opened}. Commit, "
+            "roll back or close its Session or Connection"
+            for unended in self._unended.values()
+            for transaction in unended()
+        ]
+
+    def find_faults(self) -> list[str]:
+        """Return what was not isolated. Call it when everything else is done."""
+        faults: list[str] = []
         for shared in self._unended:
-            problems += shared.problems
-            shared.problems.clear()
-        return problems
+            faults += shared.savepoints.problems
+            shared.savepoints.problems.clear()
+            if shared.loss is not None:
+                faults.append(shared.loss)
+        return faults
 
 
 def _restore(factory: sessionmaker[Any], bound: dict[str, Any], before: dict[str, Any]) -> None:
-    # The application may have configured it anew meanwhile.
+    # Not what the application has configured itself meanwhile.
     factory.configure(**{k: v for k, v in before.items() if factory.kw.get(k) is bound[k]})

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from wsgi_dbsession._scope import SCOPE_CLASS, Outcome, Reason, Scope, check_registries, describe
-
-from ._place import place
+from wsgi_dbsession._place import application_line
+from wsgi_dbsession._registry import adopt, observe
+from wsgi_dbsession._scope import Observer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from _typeshed.wsgi import WSGIEnvironment
     from sqlalchemy.orm import scoped_session
 
-_RECORDS = "_wsgi_dbsession_records"
+    from wsgi_dbsession._outcome import Outcome, Reason
+    from wsgi_dbsession._scope import Scope
 
 
 class Recorded:
@@ -41,7 +41,7 @@ class Recorded:
     A stream may, and a hook that reads. Above stands the first.
     """
 
-    hooks: list[Callable[[], object]]
+    hooks: list[Callable[..., object]]
     """The hooks that ran, in order."""
 
     ended: bool
@@ -51,9 +51,8 @@ class Recorded:
     """The scope itself until it has ended."""
 
     def __init__(self, scope: Scope) -> None:
-        environ = scope.environ
-        self.name = "session_scope" if environ is None else describe(environ)
-        self.opened = place()
+        self.name = scope.name
+        self.opened = application_line()
         self.outcome = None
         self.reason = None
         self.settled = []
@@ -67,76 +66,32 @@ class Recorded:
         return f"<{self.name}: {'nothing to decide' if self.ended else 'undecided'}>"
 
 
-class _RecordedScope(Scope):
-    """A scope that tells what becomes of it."""
+class _Recorder(Observer):
+    """Keeps a list of what becomes of scopes."""
 
-    __slots__ = ("_record",)
+    def __init__(self) -> None:
+        self.outcomes: list[Recorded] = []
 
-    def __init__(
-        self,
-        registries: tuple[scoped_session[Any], ...],
-        environ: WSGIEnvironment | None = None,
-    ) -> None:
-        super().__init__(registries, environ)
-        self._record = record = Recorded(self)
-        found: list[list[Recorded]] = []
-        for registry in registries:
-            for records in vars(registry).get(_RECORDS, ()):
-                if not any(records is each for each in found):
-                    found.append(records)
-                    records.append(record)
+    def _find(self, scope: Scope) -> Recorded:
+        return next(each for each in reversed(self.outcomes) if each.scope is scope)
 
-    def on_commit(self, hook: Callable[[], object]) -> None:
-        super().on_commit(_Hook(self._record, hook))
+    def opened(self, scope: Scope) -> None:
+        self.outcomes.append(Recorded(scope))
 
-    def on_rollback(self, hook: Callable[[], object]) -> None:
-        super().on_rollback(_Hook(self._record, hook))
+    def hook_called(self, scope: Scope, hook: Callable[..., object]) -> None:
+        self._find(scope).hooks.append(hook)
 
-    def settle(
-        self,
-        error: BaseException | None = None,
-        *,
-        complete: bool = True,
-        veto: Callable[[], bool] | None = None,
-    ) -> None:
-        try:
-            super().settle(error, complete=complete, veto=veto)
-        finally:
-            record, outcome, reason = self._record, self.outcome, self.reason
-            assert outcome is not None
-            assert reason is not None
-            record.settled.append((outcome, reason))
-            record.outcome, record.reason = record.settled[0]
+    def settled(self, scope: Scope) -> None:
+        record = self._find(scope)
+        assert scope.outcome is not None
+        assert scope.reason is not None
+        record.settled.append((scope.outcome, scope.reason))
+        record.outcome, record.reason = record.settled[0]
 
-    def end(
-        self,
-        error: BaseException | None = None,
-        *,
-        complete: bool = True,
-        veto: Callable[[], bool] | None = None,
-    ) -> None:
-        try:
-            super().end(error, complete=complete, veto=veto)
-        finally:
-            self._record.ended = True
-            self._record.scope = None
-
-
-class _Hook:
-    """A hook that leaves a note when it runs; in log lines it looks like the original."""
-
-    __slots__ = ("_hook", "_record")
-
-    def __init__(self, record: Recorded, hook: Callable[[], object]) -> None:
-        self._record = record
-        self._hook = hook
-
-    def __call__(self) -> None:
-        self._record.hooks.append(self._hook)
-        self._hook()
-
-    def __repr__(self) -> str:
-        return repr(self._hook)
+    def closed(self, scope: Scope) -> None:
+        record = self._find(scope)
+        record.ended = True
+        record.scope = None
 
 
 @contextlib.contextmanager
@@ -154,19 +109,9 @@ def record_outcomes(*registries: scoped_session[Any]) -> Generator[list[Recorded
     :raises TypeError: see :class:`wsgi_dbsession.session_scope`.
     :raises ValueError: likewise.
     """
-    outcomes: list[Recorded] = []
-    checked = check_registries(registries)
-    for registry in checked:
-        attributes = vars(registry)
-        attributes[SCOPE_CLASS] = _RecordedScope
-        attributes[_RECORDS] = (*attributes.get(_RECORDS, ()), outcomes)
-    try:
-        yield outcomes
-    finally:
-        for registry in checked:
-            attributes = vars(registry)
-            left = tuple(each for each in attributes[_RECORDS] if each is not outcomes)
-            if left:
-                attributes[_RECORDS] = left
-            else:
-                del attributes[_RECORDS], attributes[SCOPE_CLASS]
+    recorder = _Recorder()
+    with contextlib.ExitStack() as observed:
+        adopt(registries)
+        for registry in dict.fromkeys(registries):
+            observed.enter_context(observe(registry, recorder))
+        yield recorder.outcomes

@@ -1,67 +1,57 @@
 """The connection that all Sessions share: one transaction outside, a savepoint for each of theirs.
 
-It is what "Joining a Session into an External Transaction" in SQLAlchemy's documentation does with
-``join_transaction_mode="create_savepoint"``, for Sessions that end in any order: there, each has
-to end before the one that began before it does. So each Session gets a Connection of its own, on
-the same connection of the driver, and what it takes for a transaction is a savepoint here.
+"Joining a Session into an External Transaction" in SQLAlchemy's documentation does the same with
+``join_transaction_mode="create_savepoint"``. There, transactions have to end in reverse order.
+Here they end in any order: each Session gets its own Connection, on the same connection of the
+driver, and what it takes for a transaction is a savepoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
-import re
 import threading
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, exc
-from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy import exc
 from sqlalchemy.pool import SingletonThreadPool
 
-from wsgi_dbsession._transaction import log
+from wsgi_dbsession._place import application_line
 
-from ._place import place
+from ._deferred import deferred_constraints
+from ._outer import OuterTransaction
+from ._savepoints import IsolatedTransaction, Savepoints
+from ._settings import local_settings_of
+from ._statements import ends_transaction, local_settings, looks_read_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from sqlalchemy import Engine, RootTransaction, TwoPhaseTransaction
+    from sqlalchemy import Engine
 
-_INERROR = 3  # PQTRANS_INERROR of libpq, as psycopg and psycopg2 show it
+    from ._savepoints import Savepoint
 
-# What belongs to a transaction from its begin: the outer one has begun already.
-_FIXED = ("isolation_level", "postgresql_readonly", "postgresql_deferrable")
-
-_READS = re.compile(r"\s*(?:SELECT|SHOW|EXPLAIN|VALUES|PRAGMA)\b", re.IGNORECASE)
-_ENDS = re.compile(
-    r"\s*(?:COMMIT|END|ABORT|PREPARE\s+TRANSACTION|ROLLBACK(?!\s+(?:\w+\s+)?TO\b))\b",
-    re.IGNORECASE,
+_OVER = "the isolation in which this transaction began is over"
+_LOST = "the connection that the isolation shares was lost, and all that was done on it"
+_HOW = {
+    True: "the outer transaction of the isolation was committed, so the rows that were written in "
+    "it remain in the database: delete them.",
+    False: "the outer transaction of the isolation was rolled back. Rows that were written and "
+    "committed after that remain in the database.",
+    None: "the outer transaction of the isolation has ended. If it was committed, the rows that "
+    "were written in it remain in the database: delete them.",
+}
+_INSTEAD = (
+    "Look for a COMMIT or ROLLBACK in a textual statement, on a cursor or on the driver's "
+    "connection, for executescript() and ON CONFLICT ROLLBACK of SQLite, and for statements of "
+    "MySQL that define tables: call Session.commit() or Session.rollback() instead"
 )
-
-_DEFERRABLE = """
-    SELECT quote_ident(nspname) || '.' || quote_ident(conname), condeferred
-    FROM pg_constraint JOIN pg_namespace ON pg_namespace.oid = connamespace WHERE condeferrable
-"""
-_DEFERRED_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE '%DEFERRED%'"
-
-
-class _Savepoint:
-    """A savepoint, and who wrote after it was set and before the next one was."""
-
-    __slots__ = ("ended", "failed", "name", "owner", "writers")
-
-    def __init__(self, name: str, owner: IsolatedConnection | None) -> None:
-        self.name = name
-        self.owner = owner  # None: a nested isolation
-        self.writers: set[IsolatedConnection] = set()
-        self.ended = False
-        self.failed = False
 
 
 class _Thread(threading.local):
-    """What a thread is at."""
+    """What a thread works on."""
 
     worker: object = None
 
@@ -73,50 +63,38 @@ class SharedConnection:
     """
 
     def __init__(self, engine: Engine, wait: float) -> None:
-        self.problems: list[str] = []
+        self.loss: str | None = None
+        """How the outer transaction was lost, if it was."""
+
         self._wait = wait
         self._turn = threading.Condition()
         self._thread = threading.get_ident()
         self._pid = os.getpid()
-        self._driver: Any = None
-        self._gone: str | None = None  # why it cannot be used any more
-        self._numbers = itertools.count(1)
-        self._savepoints: list[_Savepoint] = []
-        self._open: list[IsolatedConnection] = []
+        self._over = False
+        self._open: list[IsolatedTransaction] = []
         self._here = _Thread()
         self._late: list[Callable[[], None]] = []
-        # Without events, so that listeners see neither our statements nor a second BEGIN.
-        self._connection = Connection(engine, _has_events=False)
+        self._active: IsolatedTransaction | None = None  # whose settings are in force
+        self._unsure: IsolatedTransaction | None = None  # who may have written since `_written`
+        self._written: int | None = None
+        self._outer = outer = OuterTransaction(engine)
         try:
-            self._begin()
-            self._violations = self._find_violations()
+            outer.begin()
+            self.savepoints = Savepoints(outer.connection)
+            self._deferred = deferred_constraints(outer.connection)
+            self._settings = local_settings_of(outer.connection)
         except BaseException:
-            self._connection.close()
+            outer.end()
             raise
-
-    def _begin(self) -> None:
-        connection = self._connection
-        self._dialect = connection.dialect
-        self._driver = connection.connection.dbapi_connection
-        self._sqlite = self._dialect.name == "sqlite"
-        if not self._sqlite and getattr(self._driver, "autocommit", False) is True:
-            connection.execution_options(isolation_level=connection.default_isolation_level)
-        connection.begin()
-        self._began = self._sqlite and not self._driver.in_transaction
-        if self._began:
-            # Left to itself, sqlite3 begins before the first INSERT, UPDATE or DELETE: a savepoint
-            # before that would be a transaction of its own. See "Transactions with SQLite and the
-            # sqlite3 driver" in SQLAlchemy's documentation.
-            connection.exec_driver_sql("BEGIN")
 
     @contextlib.contextmanager
     def working(self, worker: object) -> Generator[None]:
-        """Use the driver's connection. What the collector rolls back meanwhile has to wait.
+        """Use the driver's connection. A rollback by the garbage collector is put off meanwhile.
 
-        It may close a forgotten response in the midst of a statement on this same connection.
+        It may close a forgotten response in the middle of a statement on this same connection.
         """
         here = self._here
-        if here.worker is not None:  # a listener's statement, in that of which it is told
+        if here.worker is not None:  # a listener's statement, within the one that it listens to
             yield
             return
         here.worker = worker
@@ -130,48 +108,48 @@ class SharedConnection:
             finally:
                 here.worker = None
 
+    # -- isolations -------------------------------------------------------------------------------
+
+    def open_level(self) -> Savepoint:
+        """Begin an isolation: the first one, or one in another."""
+        with self._turn, self.working(self):
+            self._check()
+            self._pause()
+            return self.savepoints.set(None)
+
+    def close_level(self, level: Savepoint) -> None:
+        """Roll back what was done since."""
+        with self._turn, self.working(self):
+            for transaction in self.unended(level):
+                transaction.undone = _OVER
+                self._leave(transaction)
+            if self._outer.connection.invalidated:
+                self.lose()
+            if self._is_usable():
+                # An error of the block comes before the report of a loss.
+                with contextlib.suppress(RuntimeError), self._noticing():
+                    self._pause()
+                    self.savepoints.undo(level)
+                    self.savepoints.end(level)
+
+    def unended(self, level: Savepoint) -> list[IsolatedTransaction]:
+        """Return the open transactions that began in this level."""
+        with self._turn:
+            if level not in self.savepoints.stack:
+                return []
+            inner = self.savepoints.stack[self.savepoints.stack.index(level) :]
+            return [each for each in self._open if each.began in inner]
+
     def end(self) -> None:
         """Roll everything back, and give the connection back to its pool."""
         with self._turn, self.working(self):
-            self._gone = "the isolation in which this transaction began is over"
-            for connection in self.unended(None):
-                self._leave(connection)
-            self._savepoints.clear()
-            try:
-                if self._began and self._driver.in_transaction:
-                    self._connection.exec_driver_sql("ROLLBACK")
-            finally:
-                self._connection.close()
+            self._over = True
+            if self.loss is None:
+                self._outer.end()
+            else:
+                self._outer.discard()
 
-    # -- a nested isolation -----------------------------------------------------------------------
-
-    def open_level(self) -> _Savepoint:
-        """Begin an isolation in the isolation."""
-        with self._turn, self.working(self):
-            self._check()
-            return self._set(None)
-
-    def close_level(self, level: _Savepoint) -> None:
-        """Roll back what was done since."""
-        with self._turn, self.working(self):
-            for connection in self.unended(level):
-                connection.undone = "the isolation in which this transaction began is over"
-                self._leave(connection)
-            if self._gone is None:
-                self._undo(level)
-                self._end(level)
-
-    def unended(self, level: _Savepoint | None) -> list[IsolatedConnection]:
-        """Return who is in a transaction that began in this level and has not ended."""
-        with self._turn:
-            if level is None:
-                return list(self._open)
-            if level not in self._savepoints:
-                return []
-            inner = self._savepoints[self._savepoints.index(level) :]
-            return [each for each in self._open if each.began in inner]
-
-    # -- what Connections ask for -----------------------------------------------------------------
+    # -- for Connections --------------------------------------------------------------------------
 
     def driver_connection(self) -> Any:
         """Return the pool's connection.
@@ -179,65 +157,81 @@ class SharedConnection:
         :raises RuntimeError: it cannot be used here, or not any more.
         """
         self._check()
-        return self._connection.connection
+        return self._outer.connection.connection
 
-    def begin(self, connection: IsolatedConnection) -> _Savepoint:
+    def begin(self, transaction: IsolatedTransaction) -> None:
         """Begin a transaction, as soon as those of other threads have ended."""
-        with self._turn, self.working(connection):
+        with self._turn, self.working(transaction):
             self._await_turn()
             self._check()
-            if self._failed():
-                # PostgreSQL takes nothing but a rollback now, and it is sure to come.
-                self._undo(self._savepoints[-1])
-                self._savepoints[-1].failed = True
-            savepoint = self._set(connection)
-            self._open.append(connection)
+            if self._outer.is_aborted():
+                # PostgreSQL accepts nothing but a rollback now, and it is sure to come.
+                self._count()
+                with self._noticing():
+                    self.savepoints.undo(self.savepoints.stack[-1])
+                self.savepoints.stack[-1].failed = True
+            self._pause()
+            transaction.began = self.savepoints.set(transaction)
+            transaction.is_open = True
+            self._open.append(transaction)
+            try:
+                self._switch(transaction)
+            except BaseException:
+                self._roll_back(transaction)
+                raise
+
+    def prepare(self, transaction: IsolatedTransaction) -> None:
+        """Fail now if a commit would fail."""
+        with self._turn, self.working(transaction):
+            self.check(transaction)
+            self._switch(transaction)
+            self._check_deferred(transaction)
+
+    def commit(self, transaction: IsolatedTransaction, *, prepared: bool) -> None:
+        """Commit, or roll back and raise."""
+        with self._turn, self.working(transaction):
+            try:
+                self.check(transaction)
+                self._switch(transaction)
+                if not prepared:
+                    self._check_deferred(transaction)
+                self._pause(ending=transaction)
+                self.savepoints.commit(transaction)
+            except BaseException:
+                self._roll_back(transaction)
+                raise
+            self._leave(transaction)
+
+    def rollback(self, transaction: IsolatedTransaction) -> None:
+        """Roll back, now or after the statement that this thread executes."""
+        if self._here.worker not in (None, transaction):
+            self._late.append(functools.partial(self._roll_back, transaction))
+            return
+        with self._turn, self.working(transaction):
+            self._roll_back(transaction)
+
+    def set_savepoint(self, transaction: IsolatedTransaction) -> Savepoint:
+        """Set a savepoint of the application's own."""
+        with self._turn, self.working(transaction):
+            self.check(transaction)
+            self._switch(transaction)
+            self._count()
+            savepoint = self.savepoints.set(transaction)
+            self._settings.save(transaction)
+            savepoint.settings = transaction.settings
             return savepoint
 
-    def prepare(self, connection: IsolatedConnection) -> None:
-        """Fail now if a commit would fail."""
-        with self._turn, self.working(connection):
-            self.check(connection)
-            self._check_deferred(connection)
-
-    def commit(self, connection: IsolatedConnection, *, prepared: bool) -> None:
-        """Commit, or roll back and raise."""
-        with self._turn, self.working(connection):
-            try:
-                self.check(connection)
-                if not prepared:
-                    self._check_deferred(connection)
-            except BaseException:
-                self._roll_back(connection)
-                raise
-            for savepoint in self._savepoints:
-                if savepoint.owner is connection:
-                    savepoint.ended = True
-            self._release_ended()
-            self._leave(connection)
-
-    def rollback(self, connection: IsolatedConnection) -> None:
-        """Roll back, now or after the statement that this thread is in the midst of."""
-        if self._here.worker not in (None, connection):
-            self._late.append(functools.partial(self._roll_back, connection))
-            return
-        with self._turn, self.working(connection):
-            self._roll_back(connection)
-
-    def set_savepoint(self, connection: IsolatedConnection) -> _Savepoint:
-        """Set a savepoint of the application's own."""
-        with self._turn, self.working(connection):
-            self.check(connection)
-            return self._set(connection)
-
-    def release_savepoint(self, savepoint: _Savepoint) -> None:
+    def release_savepoint(self, savepoint: Savepoint) -> None:
         """Release a savepoint of the application's own."""
-        with self._turn, self.working(savepoint.owner):
-            assert savepoint.owner is not None
-            self.check(savepoint.owner)
-            self._end(savepoint)
+        transaction = savepoint.owner
+        assert transaction is not None
+        with self._turn, self.working(transaction):
+            self.check(transaction)
+            self._switch(transaction)
+            self._count()
+            self.savepoints.end(savepoint)
 
-    def rollback_savepoint(self, savepoint: _Savepoint) -> None:
+    def rollback_savepoint(self, savepoint: Savepoint) -> None:
         """Undo what its owner did since; see :meth:`rollback`."""
         if self._here.worker not in (None, savepoint.owner):
             self._late.append(functools.partial(self._roll_back_to, savepoint))
@@ -245,185 +239,153 @@ class SharedConnection:
         with self._turn, self.working(savepoint.owner):
             self._roll_back_to(savepoint)
 
-    def check(self, connection: IsolatedConnection) -> None:
+    def check(self, transaction: IsolatedTransaction) -> None:
         """Raise if this transaction cannot go on."""
         self._check()
-        if connection.undone is not None:
-            raise RuntimeError(connection.undone)
-        mine = [each for each in self._savepoints if each.owner is connection]
-        if mine and mine[-1].failed:
-            msg = "a statement failed in this transaction: roll it back before you go on"
+        if transaction.undone is not None:
+            raise RuntimeError(transaction.undone)
+        if self.savepoints.has_failed(transaction):
+            msg = "a statement failed in this transaction: call Session.rollback() to go on"
             raise exc.PendingRollbackError(msg)
 
-    def note(self, connection: IsolatedConnection, statement: Any) -> None:
-        """Take note of a statement, a string or ``Compiled``, that is about to run.
+    def before_statement(self, transaction: IsolatedTransaction, statement: Any) -> None:
+        """Prepare for a statement, a string or ``Compiled``.
 
-        :raises RuntimeError: it must not.
+        :raises RuntimeError: it must not run.
         """
+        text = str(statement)
         with self._turn:
-            connection.thread = threading.get_ident()
-            self.check(connection)
-            if _ENDS.match(str(statement)):
+            transaction.thread = threading.get_ident()
+            self.check(transaction)
+            if ends_transaction(text):
                 msg = (
-                    f"{str(statement).strip()!r} would end the outer transaction of the "
-                    "isolation, and leave what is in it in the database: use Session.commit() "
-                    "and Session.rollback()"
+                    "a statement must not end the outer transaction of the isolation, got "
+                    f"{text.strip()!r}: call Session.commit() or Session.rollback() instead"
                 )
                 raise RuntimeError(msg)
+            self._switch(transaction)
             selects = getattr(getattr(statement, "statement", None), "is_select", False)
-            if connection in self._open and not (selects or _READS.match(str(statement))):
-                self._savepoints[-1].writers.add(connection)
+            if selects or looks_read_only(text):
+                self._doubt(transaction)
+            else:
+                self._wrote(transaction)
 
-    def is_open(self, connection: IsolatedConnection) -> bool:
-        """Say whether it has begun a transaction that has not ended."""
+    def before_cursor(self, text: str, parameters: Any) -> None:
+        """Look after the settings that a statement is about to make."""
         with self._turn:
-            return connection in self._open
+            self._settings.learn(local_settings(text, parameters))
+
+    def after_statement(self) -> None:
+        """Raise if the statement has ended the outer transaction."""
+        with self._turn:
+            self._check_outer()
+
+    def before_driver(self, transaction: IsolatedTransaction) -> None:
+        """Expect writes of the application on the driver's connection."""
+        with self._turn, self.working(transaction):
+            if transaction.is_open and self.loss is None:
+                self._switch(transaction)
+                self._doubt(transaction)
+
+    def has_written(self, transaction: IsolatedTransaction) -> bool:
+        """Return whether it has written something that was not rolled back."""
+        with self._turn, self.working(transaction):
+            if self._is_usable():
+                self._count()
+            return transaction.is_open and self.savepoints.wrote(transaction)
 
     def lose(self) -> None:
         """Remember that the connection is broken."""
-        self._gone = (
-            "the connection that the isolation shares was lost, and all that was done on it"
-        )
+        self.loss = self.loss or _LOST
 
     # -- transactions; call these with the lock held ----------------------------------------------
 
-    def _check_deferred(self, connection: IsolatedConnection) -> None:
+    def _check_deferred(self, transaction: IsolatedTransaction) -> None:
         """Fail as COMMIT would: the release of a savepoint checks no deferred constraint.
 
-        :raises sqlalchemy.exc.IntegrityError: one is violated.
+        :raises sqlalchemy.exc.DBAPIError: one is violated.
         """
-        if not any(connection in each.writers for each in self._savepoints):
-            return
-        if self._dialect.name == "postgresql":
-            found = self._connection.exec_driver_sql(_DEFERRABLE).all()
-            if found:
-                self._connection.exec_driver_sql("SET CONSTRAINTS ALL IMMEDIATE")
-            deferred = [name for name, initially in found if initially]
-            if deferred:
-                # The next transaction begins with the constraints as they were declared.
-                self._connection.exec_driver_sql(f"SET CONSTRAINTS {', '.join(deferred)} DEFERRED")
-        elif self._find_violations() - self._violations:
-            failure = self._dialect.loaded_dbapi.IntegrityError("FOREIGN KEY constraint failed")
-            raise exc.IntegrityError("COMMIT", None, failure)
+        self._count()
+        if self.savepoints.wrote(transaction):
+            others = [each for each in self._open if each is not transaction]
+            excused = None
+            if any(self.savepoints.wrote(each) for each in others):
+                excused = sum((each.violations for each in others), Counter[Any]())
+            self._deferred.check(excused)
 
-    def _roll_back(self, connection: IsolatedConnection) -> None:
+    def _roll_back(self, transaction: IsolatedTransaction) -> None:
         try:
-            self._roll_back_to(connection.began)
+            if self._is_usable():
+                self._pause(ending=transaction)
+                self._undo(transaction.began)
         finally:
-            self._leave(connection)
+            self._leave(transaction)
 
-    def _roll_back_to(self, savepoint: _Savepoint) -> None:
-        """Undo what its owner did since, and forget the savepoint."""
-        if self._gone is not None or savepoint not in self._savepoints:
-            return  # undone already, by what it lay in
-        inner = self._savepoints[self._savepoints.index(savepoint) :]
-        writers = set[IsolatedConnection]().union(*(each.writers for each in inner))
-        if not writers or savepoint.owner in writers or self._failed():
-            survivors = self._undo(savepoint)
-            self._end(savepoint)
-            for survivor in survivors:
-                self._emit(self._dialect.do_savepoint, survivor.name)
-                self._savepoints.append(survivor)
-        else:
-            self._end(savepoint)
-
-    # -- savepoints; call these with the lock held ------------------------------------------------
-
-    def _emit(self, order: Callable[[Connection, str], None], name: str) -> None:
-        order(self._connection, name)
-
-    def _set(self, owner: IsolatedConnection | None) -> _Savepoint:
-        savepoint = _Savepoint(f"wsgi_dbsession_{next(self._numbers)}", owner)
-        self._emit(self._dialect.do_savepoint, savepoint.name)
-        self._savepoints.append(savepoint)
-        return savepoint
-
-    def _end(self, savepoint: _Savepoint) -> None:
-        savepoint.ended = True
-        self._release_ended()
-
-    def _release_ended(self) -> None:
-        """Release what has ended. What lies below one that has not must wait for that."""
-        savepoints = self._savepoints
-        while savepoints and savepoints[-1].ended:
-            ended = savepoints.pop()
-            self._emit(self._dialect.do_release_savepoint, ended.name)
-            if savepoints:
-                savepoints[-1].writers |= ended.writers
-        self._move_readers()
-
-    def _move_readers(self) -> None:
-        """Let those who have only read begin anew, after what others have committed.
-
-        Their rollback must not undo it: an open transaction of the test's own, which has read
-        something, is the usual case.
-        """
-        savepoints = self._savepoints
-        first = len(savepoints)
-        writers: set[IsolatedConnection] = set()
-        while first:
-            below = savepoints[first - 1]
-            if below.owner is None or below.failed or below.owner in writers | below.writers:
-                break
-            writers |= below.writers
-            first -= 1
-        if not writers:
-            return
-        movers = savepoints[first:]
-        self._emit(self._dialect.do_release_savepoint, movers[0].name)
-        if first:
-            savepoints[first - 1].writers |= writers
-        for mover in movers:
-            mover.writers = set()
-            self._emit(self._dialect.do_savepoint, mover.name)
-
-    def _undo(self, savepoint: _Savepoint) -> list[_Savepoint]:
-        """Undo what was done since, by whomever.
-
-        :return: the savepoints set since whose owners have lost nothing, to be set again.
-        """
-        index = self._savepoints.index(savepoint)
-        inner = self._savepoints[index:]
-        writers = set[IsolatedConnection]().union(*(each.writers for each in inner))
+    def _roll_back_to(self, savepoint: Savepoint) -> None:
         owner = savepoint.owner
-        for writer in writers - {owner}:
-            if writer in self._open:
-                writer.undone = (
-                    f"the transaction begun at {writer.opened} is undone, because it shares the "
-                    "connection of the isolation with one that began before it and was rolled back"
-                    f"{'' if owner is None else f': that begun at {owner.opened}'}"
-                )
-            elif owner is not None:
-                self._report(writer, owner)
-        self._emit(self._dialect.do_rollback_to_savepoint, savepoint.name)
-        del self._savepoints[index + 1 :]
-        savepoint.writers = set()
-        savepoint.failed = False
-        return [
-            each
-            for each in inner[1:]
-            if not each.ended and each.owner is not owner and each.owner not in writers
-        ]
+        assert owner is not None
+        if self._is_usable():
+            self._pause(ending=owner)
+            self._undo(savepoint)
+            owner.settings = savepoint.settings
+            self._switch(owner)
 
-    def _report(self, committed: IsolatedConnection, rolled_back: IsolatedConnection) -> None:
-        problem = (
-            f"the transaction begun at {rolled_back.opened} wrote something and was rolled back. "
-            f"That has undone what the one begun at {committed.opened} had committed meanwhile, "
-            "because in the isolation both share one connection. In production it stays: run this "
-            "test without isolation, see docs/testing.md"
-        )
-        if problem not in self.problems:
-            self.problems.append(problem)
-            log.error("%s", problem)
+    def _undo(self, savepoint: Savepoint) -> None:
+        with self._noticing():
+            self.savepoints.roll_back(savepoint, aborted=self._outer.is_aborted())
+
+    # -- who does what; call these with the lock held ---------------------------------------------
+
+    def _switch(self, transaction: IsolatedTransaction) -> None:
+        """Switch to a transaction after others: restore its settings, count its writes."""
+        if self._active is not transaction:
+            self._pause()
+            if not self._outer.is_aborted():
+                self._settings.restore(transaction)
+            self._active = transaction
+
+    def _pause(self, *, ending: IsolatedTransaction | None = None) -> None:
+        """Keep the writes, settings and violations of the transaction that was active."""
+        self._count()
+        active, self._active = self._active, None
+        if active in (None, ending) or not active.is_open:
+            return
+        if not self._outer.is_aborted():
+            self._settings.save(active)
+            if self.savepoints.wrote(active):
+                others = (each.violations for each in self._open if each is not active)
+                active.violations = self._deferred.find() - sum(others, Counter[Any]())
+
+    def _wrote(self, transaction: IsolatedTransaction) -> None:
+        self.savepoints.stack[-1].writers.add(transaction)
+        self._unsure = self._written = None
+
+    def _doubt(self, transaction: IsolatedTransaction) -> None:
+        """Find out later whether it has written: by a function, or on the driver's connection."""
+        if transaction not in self.savepoints.stack[-1].writers and self._unsure is None:
+            if self._written is None and not self._outer.is_aborted():
+                self._written = self._outer.rows_written()
+            self._unsure = transaction
+
+    def _count(self) -> None:
+        transaction, self._unsure = self._unsure, None
+        if transaction is not None:
+            if self._outer.is_aborted():
+                self._wrote(transaction)
+                return
+            before, self._written = self._written, self._outer.rows_written()
+            if self._written != before:
+                self.savepoints.stack[-1].writers.add(transaction)
 
     # -- state; call these with the lock held -----------------------------------------------------
 
-    def _leave(self, connection: IsolatedConnection) -> None:
-        if connection in self._open:
-            self._open.remove(connection)
+    def _leave(self, transaction: IsolatedTransaction) -> None:
+        if transaction.is_open:
+            transaction.is_open = False
+            self._open.remove(transaction)
             self._turn.notify_all()
 
-    def _others(self) -> list[IsolatedConnection]:
+    def _others(self) -> list[IsolatedTransaction]:
         me = threading.get_ident()
         return [each for each in self._open if each.thread != me]
 
@@ -431,185 +393,67 @@ class SharedConnection:
         if not self._turn.wait_for(lambda: not self._others(), self._wait):
             other = self._others()[0]
             msg = (
-                f"waited {self._wait:g} s for the end of another thread's transaction, which was "
-                f"begun at {other.opened}. In the isolation all threads share one connection, so "
-                "their transactions take turns. If the test itself holds it open while it waits "
-                "for a request in another thread: end it first, by Session.commit(), or put it "
-                "into a `with session_scope(Session):` block of its own"
+                f"timed out after {self._wait:g} s, waiting for the end of another thread's "
+                f"transaction, which was begun at {other.opened}. In the isolation all threads "
+                "share one connection, so their transactions take turns. If the test itself holds "
+                "it open while it waits for a request in another thread: commit it before, by "
+                "Session.commit() or in a `with session_scope(Session):` block of its own"
             )
             raise RuntimeError(msg)
 
     def _check(self) -> None:
-        if self._connection.invalidated:
-            self.lose()
-        if self._gone is not None:
-            raise RuntimeError(self._gone)
+        if self._over:
+            raise RuntimeError(_OVER)
         if os.getpid() != self._pid:
-            msg = "a forked process cannot use the isolation, which is its parent's connection"
+            msg = (
+                "a forked process must not use the connection of its parent's isolation: begin an "
+                "isolation in the child"
+            )
             raise RuntimeError(msg)
-        if (
-            threading.get_ident() != self._thread
-            and self._sqlite
-            and isinstance(self._connection.engine.pool, SingletonThreadPool)
+        if threading.get_ident() != self._thread and isinstance(
+            self._outer.connection.engine.pool, SingletonThreadPool
         ):
             msg = (
-                "this is an in-memory SQLite database, of which every thread has one of its own: "
-                'share it by create_engine("sqlite://", poolclass=StaticPool, '
+                "each thread has its own in-memory SQLite database: share one by "
+                'create_engine("sqlite://", poolclass=StaticPool, '
                 'connect_args={"check_same_thread": False})'
             )
             raise RuntimeError(msg)
-        if self._sqlite and not self._driver.in_transaction:
-            self._gone = "SQLite has rolled back the outer transaction of the isolation"
-            raise RuntimeError(self._gone)
+        self._check_outer()
 
-    def _failed(self) -> bool:
-        info = getattr(self._driver, "info", None)
-        return getattr(info, "transaction_status", None) == _INERROR
+    def _check_outer(self) -> None:
+        if self._outer.connection.invalidated:
+            self.lose()
+        elif self.loss is None and self._outer.has_ended():
+            self._find_loss()
+        if self.loss is not None:
+            raise RuntimeError(self.loss)
 
-    def _find_violations(self) -> set[tuple[Any, ...]]:
-        """Return the rows of SQLite that violate a foreign key that only COMMIT checks."""
-        found: set[tuple[Any, ...]] = set()
-        if self._sqlite and self._connection.exec_driver_sql("PRAGMA foreign_keys").scalar():
-            for (table,) in self._connection.exec_driver_sql(_DEFERRED_TABLES).all():
-                quoted = table.replace('"', '""')
-                rows = self._connection.exec_driver_sql(f'PRAGMA foreign_key_check("{quoted}")')
-                found.update(tuple(row) for row in rows)
-        return found
+    def _is_usable(self) -> bool:
+        return self.loss is None and not self._over and os.getpid() == self._pid
 
-
-class IsolatedEngine(OptionEngine):
-    """What a registry is bound to: the engine's options and listeners, the shared connection."""
-
-    def __init__(
-        self, engine: Engine, shared: SharedConnection, options: dict[str, Any] | None = None
-    ) -> None:
-        super().__init__(engine, options or {})
-        self.shared = shared
-
-    def connect(self) -> Connection:
-        """Return a Connection whose transactions are savepoints."""
-        return IsolatedConnection(self)
-
-    def execution_options(self, **opt: Any) -> IsolatedEngine:
-        """Return an engine with other options, on the same shared connection."""
-        return IsolatedEngine(self, self.shared, _without_fixed(opt))
-
-    def raw_connection(self) -> Any:
-        """Refuse: a connection of the driver's own would be outside of the isolation."""
-        msg = (
-            "a raw connection is outside of the isolation: take that of the Session, "
-            "Session.connection().connection, or run this test without isolation"
-        )
-        raise RuntimeError(msg)
-
-
-class IsolatedConnection(Connection):
-    """A Connection whose transactions are savepoints of the shared connection.
-
-    Overridden is the layer between SQLAlchemy's transaction objects and its dialects, and what
-    would end or replace the driver's connection.
-    """
-
-    opened: str
-    began: _Savepoint
-
-    def __init__(self, engine: IsolatedEngine) -> None:
-        self.shared = engine.shared
-        # Without events at first: "engine_connect" is for a connection fresh from the pool.
-        super().__init__(
-            engine, self.shared.driver_connection(), _has_events=False, _allow_revalidate=False
-        )
-        dispatch: Any = self.dispatch
-        self.dispatch = dispatch._join(engine.dispatch)
-        self.thread = threading.get_ident()
-        self.undone: str | None = None  # by whom
-        self._set: dict[str, _Savepoint] = {}
-
-    def _begin_impl(self, transaction: RootTransaction) -> None:
-        self._begin()
-        # In SQLAlchemy's recipe for SQLite, it is a listener of this event who sends the BEGIN.
-        if self.dialect.name != "sqlite":
-            try:
-                super()._begin_impl(transaction)
-            except BaseException:
-                self.shared.rollback(self)
-                raise
-
-    def _begin_twophase_impl(self, transaction: TwoPhaseTransaction) -> None:
-        self.dispatch.begin_twophase(self, transaction.xid)
-        self._begin()
-
-    def _begin(self) -> None:
-        self.thread = threading.get_ident()
-        self.opened = place()
-        self.undone = None
-        self.began = self.shared.begin(self)
-
-    def _commit_impl(self) -> None:
-        self.dispatch.commit(self)
-        self.shared.commit(self, prepared=False)
-
-    def _rollback_impl(self) -> None:
-        self.dispatch.rollback(self)
-        self.shared.rollback(self)
-
-    def _prepare_twophase_impl(self, xid: Any) -> None:
-        self.dispatch.prepare_twophase(self, xid)
-        self.shared.prepare(self)
-
-    def _commit_twophase_impl(self, xid: Any, is_prepared: bool) -> None:
-        self.dispatch.commit_twophase(self, xid, is_prepared)
-        self.shared.commit(self, prepared=is_prepared)
-
-    def _rollback_twophase_impl(self, xid: Any, is_prepared: bool) -> None:
-        self.dispatch.rollback_twophase(self, xid, is_prepared)
-        self.shared.rollback(self)
-
-    def _savepoint_impl(self, name: str | None = None) -> str:
-        self.dispatch.savepoint(self, name)
-        savepoint = self.shared.set_savepoint(self)
-        self._set[savepoint.name] = savepoint
-        return savepoint.name
-
-    def _rollback_to_savepoint_impl(self, name: str) -> None:
-        self.dispatch.rollback_savepoint(self, name, None)
-        self.shared.rollback_savepoint(self._set.pop(name))
-
-    def _release_savepoint_impl(self, name: str) -> None:
-        self.dispatch.release_savepoint(self, name, None)
-        self.shared.release_savepoint(self._set.pop(name))
-
-    def _execute_context(
-        self, dialect: Any, constructor: Any, statement: Any, *arguments: Any, **options: Any
-    ) -> Any:
-        # No listener of "before_cursor_execute": that comes when a cursor has been made already.
-        if self.get_transaction() is None and not self.shared.is_open(self):
-            self.begin()
-        with self.shared.working(self):
-            self.shared.note(self, statement)
-            return super()._execute_context(dialect, constructor, statement, *arguments, **options)
-
-    def execution_options(self, **opt: Any) -> Connection:
-        """Set options, but those of a transaction: the outer one has begun."""
-        return super().execution_options(**_without_fixed(opt))
-
-    def invalidate(self, exception: BaseException | None = None) -> None:
-        """Lose the shared connection if it is broken; a rollback follows in any case."""
-        # With no exception it is a caution after an interruption. A statement that really was
-        # interrupted comes here by itself, with its exception.
-        if exception is not None:
-            self.shared.lose()
-            super().invalidate(exception)
-
-    def close(self) -> None:
-        """End the transaction, and leave the driver's connection to the others."""
+    @contextlib.contextmanager
+    def _noticing(self) -> Generator[None]:
+        """Notice that a savepoint is gone, and the outer transaction with it."""
         try:
-            transaction = self.get_transaction()
-            if transaction is not None:
-                transaction.close()
-        finally:
-            self._dbapi_connection = None
+            yield
+        except exc.DBAPIError as error:
+            if self._outer.connection.invalidated:
+                self.lose()
+            else:
+                try:
+                    self.savepoints.undo(self.savepoints.stack[0])
+                except exc.DBAPIError:
+                    self._find_loss()
+                else:
+                    self.loss = (
+                        "a savepoint of the isolation is gone. "
+                        f"This was noticed at {application_line()}. "
+                        "A textual ROLLBACK TO SAVEPOINT or RELEASE SAVEPOINT removes those that "
+                        "were set later: call Session.begin_nested() instead"
+                    )
+            raise RuntimeError(self.loss) from error
 
-
-def _without_fixed(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in _FIXED}
+    def _find_loss(self) -> None:
+        how = _HOW[self._outer.was_committed()]
+        self.loss = f"{how} This was noticed at {application_line()}. {_INSTEAD}"

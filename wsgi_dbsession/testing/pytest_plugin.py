@@ -1,6 +1,6 @@
-"""A plugin for pytest: isolation as fixtures. It is found by itself, through its entry point.
+"""A plugin for pytest: isolation as fixtures. pytest loads it through its entry point.
 
-One line of configuration says which registries to isolate::
+One line of configuration names the registries to isolate::
 
     [tool.pytest.ini_options]
     wsgi_dbsession_registries = ["myapp.database:Session"]
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from wsgi_dbsession.testing._isolation import isolate
+from wsgi_dbsession.testing._isolation import Isolation, open_isolation
 from wsgi_dbsession.testing._outcomes import Recorded, record_outcomes
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from sqlalchemy.orm import scoped_session
+
+    from wsgi_dbsession._scope import Scope
 
 _OPTION = "wsgi_dbsession_registries"
 
@@ -41,9 +43,9 @@ def session_registries(pytestconfig: pytest.Config) -> tuple[scoped_session[Any]
     names: list[str] = pytestconfig.getini(_OPTION)
     if not names:
         pytest.fail(
-            f"which session registries are to be isolated? Write `{_OPTION} = "
-            "myapp.database:Session` into pytest's configuration, or override the fixture "
-            "`session_registries`",
+            f"{_OPTION} must name the session registries to isolate, got nothing: write "
+            f"`{_OPTION} = myapp.database:Session` into pytest's configuration, or override the "
+            "fixture `session_registries`",
             pytrace=False,
         )
     return tuple(_find(name) for name in names)
@@ -55,19 +57,19 @@ def _find(name: str) -> scoped_session[Any]:
         found: scoped_session[Any] = attrgetter(attribute)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         pytest.fail(
-            f"{_OPTION} names {name!r}, which cannot be found: {error}. "
-            "It is package.module:name, and tests must be able to import it",
+            f"{_OPTION} must name registries as package.module:name, got {name!r}: {error}. "
+            "Make the module importable for the tests",
             pytrace=False,
         )
     return found
 
 
 @contextlib.contextmanager
-def _isolate(registries: tuple[scoped_session[Any], ...]) -> Generator[list[Recorded]]:
+def _isolate(registries: tuple[scoped_session[Any], ...]) -> Generator[Isolation]:
     problem = None
     try:
-        with isolate(*registries) as outcomes:
-            yield outcomes
+        with open_isolation(registries) as isolation:
+            yield isolation
     except RuntimeError as error:
         problem = error
     if problem is not None:
@@ -75,36 +77,53 @@ def _isolate(registries: tuple[scoped_session[Any], ...]) -> Generator[list[Reco
 
 
 @pytest.fixture
-def isolation(
+def _dbsession_isolation(
     session_registries: tuple[scoped_session[Any], ...],
-) -> Generator[list[Recorded]]:
-    """Undo what the test does; the value is what became of the test's scopes."""
-    with _isolate(session_registries) as outcomes:
-        yield outcomes
+) -> Generator[Isolation]:
+    with _isolate(tuple(session_registries)) as isolation:
+        yield isolation
+
+
+@pytest.fixture
+def dbsession_isolation(_dbsession_isolation: Isolation) -> list[Recorded]:
+    """Roll back what the test does; the value is the list of the outcomes of its scopes."""
+    return _dbsession_isolation.outcomes
 
 
 @pytest.fixture(scope="class")
-def class_isolation(
+def dbsession_class_isolation(
     session_registries: tuple[scoped_session[Any], ...],
 ) -> Generator[list[Recorded]]:
-    """Undo what the tests of a class do together."""
-    with _isolate(session_registries) as outcomes:
-        yield outcomes
+    """Roll back what the tests of a class do together."""
+    with _isolate(tuple(session_registries)) as isolation:
+        yield isolation.outcomes
 
 
 @pytest.fixture(scope="module")
-def module_isolation(
+def dbsession_module_isolation(
     session_registries: tuple[scoped_session[Any], ...],
 ) -> Generator[list[Recorded]]:
-    """Undo what the tests of a module do together."""
-    with _isolate(session_registries) as outcomes:
+    """Roll back what the tests of a module do together."""
+    with _isolate(tuple(session_registries)) as isolation:
+        yield isolation.outcomes
+
+
+@pytest.fixture
+def dbsession_outcomes(
+    session_registries: tuple[scoped_session[Any], ...],
+) -> Generator[list[Recorded]]:
+    """Record the outcomes of the test's scopes, isolated or not."""
+    with record_outcomes(*session_registries) as outcomes:
         yield outcomes
 
 
 @pytest.fixture
-def outcomes(
-    session_registries: tuple[scoped_session[Any], ...],
-) -> Generator[list[Recorded]]:
-    """What becomes of the test's scopes, isolated or not."""
-    with record_outcomes(*session_registries) as outcomes:
-        yield outcomes
+def dbsession_scope(
+    _dbsession_isolation: Isolation, session_registries: tuple[scoped_session[Any], ...]
+) -> Generator[Scope]:
+    """Open a scope for the test itself, in the isolation of ``dbsession_isolation``.
+
+    The test can use the registries as a request does. Requests read what it has committed.
+    """
+    with _dbsession_isolation.open_scope(tuple(session_registries)) as scope:
+        yield scope

@@ -1,0 +1,298 @@
+"""What a transaction sets for itself ends with it, and no other one sees it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import bindparam, event, func, select, text
+from sqlalchemy.exc import DBAPIError
+
+from tests.support.models import Note, make_engine
+from tests.support.postgres import DRIVERS
+from tests.support.wsgi import make_registry
+from tests.testing.applications import add, make_app, notes, problem, request
+from wsgi_dbsession import current_scope, session_scope
+from wsgi_dbsession.testing import isolate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import TypeAlias
+
+    from sqlalchemy import Connection
+
+    from tests.support.models import Database
+    from tests.testing.applications import Registry
+
+    Work: TypeAlias = Callable[[Registry], object]
+
+
+@pytest.fixture(params=DRIVERS)
+def registry(request: pytest.FixtureRequest, postgres_database: Database) -> Iterator[Registry]:
+    """A registry on PostgreSQL, with each of the drivers."""
+    engine = make_engine(postgres_database.url.set(drivername=f"postgresql+{request.param}"))
+    yield make_registry(engine)
+    engine.dispose()
+
+
+def tenant(registry: Registry) -> str | None:
+    """Return what row-level security would go by."""
+    found: str | None = registry.scalar(text("SELECT current_setting('app.tenant', true)"))
+    return found
+
+
+def set_tenant(registry: Registry, value: str = "7") -> None:
+    registry.execute(text(f"SET LOCAL app.tenant = '{value}'"))
+
+
+def _as_a_parameter(registry: Registry) -> None:
+    registry.execute(select(func.set_config("app.tenant", "7", True)))
+
+
+def _as_text_with_parameters(registry: Registry) -> None:
+    statement = text("SELECT set_config(:name, :value, true)").bindparams(
+        bindparam("value", "7"), bindparam("name", "App.Tenant")
+    )
+    registry.execute(statement)
+
+
+def _in_a_block(registry: Registry) -> None:
+    registry.execute(text("DO $$ BEGIN SET LOCAL app.tenant = 7; END $$"))
+
+
+def _in_a_function(registry: Registry) -> None:
+    registry.execute(text("SELECT be_tenant(7)"))
+
+
+FUNCTION = """
+    CREATE OR REPLACE FUNCTION be_tenant(n integer) RETURNS void LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM set_config('app.tenant', n::text, true); END $$
+"""
+
+
+@pytest.fixture
+def function(postgres_database: Database) -> Iterator[None]:
+    """A function of the database that sets the tenant."""
+    with postgres_database.observer.begin() as connection:
+        connection.execute(text(FUNCTION))
+    yield
+    with postgres_database.observer.begin() as connection:
+        connection.execute(text("DROP FUNCTION be_tenant"))
+
+
+@pytest.mark.usefixtures("function")
+@pytest.mark.parametrize(
+    "set_it",
+    [
+        pytest.param(set_tenant, id="SET LOCAL"),
+        pytest.param(_as_a_parameter, id="set_config()"),
+        pytest.param(_as_text_with_parameters, id="set_config() with a name as parameter"),
+        pytest.param(_in_a_block, id="in a DO block"),
+        pytest.param(_in_a_function, id="in a function"),
+    ],
+)
+@pytest.mark.parametrize("outcome", ["commit", "rollback"])
+def test_a_local_setting_ends_with_its_transaction(
+    registry: Registry, set_it: Work, outcome: str
+) -> None:
+    """The next request has none, however this one set it and ended."""
+
+    def work() -> None:
+        set_it(registry)
+        assert tenant(registry) == "7"
+        registry.add(Note(text="a"))
+        if outcome == "rollback":
+            current_scope().doom()
+
+    with isolate(registry) as outcomes:
+        for _ in range(2):
+            assert request(make_app(work, registry)) == 200
+            with session_scope(registry):
+                assert not tenant(registry)
+        assert [each.outcome for each in outcomes[::2]] == [outcome] * 2
+
+
+def test_no_other_transaction_sees_it(registry: Registry) -> None:
+    """An inner block has settings of its own, and the request has its own again after it."""
+    with isolate(registry):
+        with session_scope(registry):
+            set_tenant(registry, "outer")
+            for outcome in ("commit", "rollback"):
+                with session_scope(registry) as scope:
+                    assert not tenant(registry)
+                    set_tenant(registry, "inner")
+                    registry.add(Note(text=outcome))
+                    if outcome == "rollback":
+                        scope.doom()
+                assert tenant(registry) == "outer"
+        with session_scope(registry):
+            assert not tenant(registry)
+        assert notes(registry) == ["commit"]
+
+
+def test_two_sessions_in_turns_have_their_own(registry: Registry) -> None:
+    """At each statement, and in their savepoints."""
+    with isolate(registry):
+        one, two = registry.session_factory(), registry.session_factory()
+        get = text("SELECT current_setting('app.tenant', true)")
+        for session, value in ((one, "one"), (two, "two")):
+            session.execute(text(f"SET LOCAL app.tenant = '{value}'"))
+        savepoint = one.begin_nested()
+        one.execute(text("SET LOCAL app.tenant = 'nested'"))
+        assert (two.scalar(get), one.scalar(get)) == ("two", "nested")
+        two.scalar(get)
+        savepoint.rollback()
+        assert (one.scalar(get), two.scalar(get)) == ("one", "two")
+        one.commit()
+        assert two.scalar(get) == "two"
+        assert not one.scalar(get)
+        two.close()
+        one.close()
+
+
+def test_a_savepoint_takes_its_settings_along(registry: Registry) -> None:
+    """If it is rolled back, and not if it is released."""
+    with isolate(registry), session_scope(registry):
+        set_tenant(registry, "before")
+        with registry.begin_nested():
+            set_tenant(registry, "released")
+        savepoint = registry.begin_nested()
+        set_tenant(registry, "given up")
+        add(registry, "audit")
+        savepoint.rollback()
+        assert tenant(registry) == "released"
+
+
+def test_a_transaction_that_only_set_something_undoes_nothing(registry: Registry) -> None:
+    """To set the tenant is what each request begins with, and no write."""
+    with isolate(registry):
+        with session_scope(registry) as scope:
+            set_tenant(registry)
+            add(registry, "audit")
+            scope.doom()
+        assert notes(registry) == ["audit"]
+
+
+def test_begin_listeners_may_set_it(postgres_database: Database) -> None:
+    """For each transaction, the usual way."""
+    engine = postgres_database.engine
+    registry = make_registry(engine)
+    tenants = iter("abc")
+
+    @event.listens_for(engine, "begin")
+    def _(connection: Connection) -> None:
+        connection.execute(text(f"SET LOCAL app.tenant = '{next(tenants)}'"))
+
+    with isolate(registry), session_scope(registry):
+        assert tenant(registry) == "a"
+        with session_scope(registry):
+            assert tenant(registry) == "b"
+        assert tenant(registry) == "a"
+
+
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("SET LOCAL search_path = pg_catalog", "search_path"),
+        ("SET LOCAL SCHEMA 'pg_catalog'", "search_path"),
+        ("SET LOCAL TIME ZONE 'Europe/Berlin'", "TimeZone"),
+        ("SET LOCAL statement_timeout = '90s'", "statement_timeout"),
+        ("SET LOCAL \"statement_timeout\" = '90s'", "statement_timeout"),
+        ("SET LOCAL ROLE pg_read_all_data", "role"),
+        ("SET LOCAL SESSION AUTHORIZATION pg_read_all_data", "session_authorization"),
+    ],
+)
+def test_settings_of_postgresql_itself_end_too(
+    postgres_database: Database, statement: str, name: str
+) -> None:
+    """Also with a role that could not set back another setting."""
+    registry = make_registry(postgres_database.engine)
+    get = text(f"SELECT current_setting('{name}')")
+    with isolate(registry):
+        with session_scope(registry):
+            before = registry.scalar(get)
+        with session_scope(registry):
+            registry.execute(text("SET LOCAL session_replication_role = replica"))
+            registry.execute(text(statement))
+            inside = registry.scalar(get)
+            assert inside != before
+            with session_scope(registry):
+                assert registry.scalar(get) == before
+                assert registry.scalar(text("SHOW session_replication_role")) == "origin"
+            assert registry.scalar(get) == inside
+            assert registry.scalar(text("SHOW session_replication_role")) == "replica"
+        with session_scope(registry):
+            assert registry.scalar(get) == before
+            registry.add(Note(text="a"))
+
+
+def test_a_read_only_transaction_is_followed_by_others(registry: Registry) -> None:
+    """PostgreSQL itself ends that with the savepoint."""
+    with isolate(registry):
+        with pytest.raises(DBAPIError, match="read-only"), session_scope(registry):
+            registry.execute(text("SET LOCAL transaction_read_only = on"))
+            registry.execute(text("INSERT INTO note (text) VALUES ('refused')"))
+        add(registry, "a")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        text("SET app.tenant = '7'"),
+        text("SELECT set_config('app.tenant', '7', false)"),
+        select(func.set_config("app.tenant", "7", False)),
+    ],
+    ids=["SET", "set_config() as text", "set_config()"],
+)
+def test_a_setting_of_the_connection_stays_until_the_end(
+    postgres_database: Database, statement: object
+) -> None:
+    """As it does in production, where the pool gives out the connection again."""
+    registry = make_registry(postgres_database.engine)
+    with isolate(registry):
+        with session_scope(registry):
+            registry.execute(statement)  # type: ignore[call-overload]
+        with session_scope(registry):
+            assert tenant(registry) == "7"
+    with session_scope(registry):
+        assert not tenant(registry)
+
+
+def test_a_failed_transaction_loses_its_settings(registry: Registry) -> None:
+    """PostgreSQL has aborted it, and answers no question about them."""
+    with problem("has undone what"), isolate(registry), session_scope(registry):
+        set_tenant(registry, "outer")
+        registry.add(Note(text="a"))
+        savepoint = registry.begin_nested()
+        with pytest.raises(DBAPIError, match="division by zero"):
+            registry.execute(text("SELECT 1 / 0"))
+        add(registry, "audit")
+        savepoint.rollback()
+        assert tenant(registry) == "outer"
+        set_tenant(registry, "later")
+        with pytest.raises(DBAPIError, match="division by zero"):
+            registry.execute(text("SELECT 1 / 0"))
+        registry.rollback()
+        assert not tenant(registry)
+
+
+def test_a_setting_that_cannot_be_made_again_leaves_no_transaction(
+    postgres_database: Database,
+) -> None:
+    """The begin fails, and the application may try anew."""
+    engine = postgres_database.engine
+    registry = make_registry(engine)
+    role = f"role_of_{postgres_database.url.database}"
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE ROLE {role}"))
+        connection.execute(text(f"SET ROLE {role}"))
+    with isolate(registry):
+        with session_scope(registry):
+            registry.execute(text("SET LOCAL ROLE none"))
+            registry.execute(text(f"DROP ROLE {role}"))
+        for _ in range(2):
+            with pytest.raises(DBAPIError, match="does not exist"):
+                notes(registry)
+    with engine.begin() as connection:
+        connection.execute(text("SET ROLE none"))
+        connection.execute(text(f"DROP ROLE {role}"))

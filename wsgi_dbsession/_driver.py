@@ -1,0 +1,212 @@
+"""What a driver, or an error of it, tells about a transaction.
+
+SQLAlchemy has no common question for these, so each driver is asked in its own way, here only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy import Engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import Pool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import ExceptionContext, Transaction
+    from sqlalchemy.pool import ConnectionPoolEntry
+
+_INERROR = 3  # PQTRANS_INERROR of libpq, as psycopg and psycopg2 show it
+
+# Keys of `Connection.info`, which lives as long as the driver's connection does.
+_SPOILED = "wsgi_dbsession.spoiled"
+_CHANGES = "wsgi_dbsession.changes"
+
+_DEADLOCK, _LOCK_TIMEOUT = "1213", "1205"  # of MySQL and MariaDB
+
+_WROTE = {
+    # Every write takes a transaction ID, a read never does.
+    "PGDialect": "SELECT pg_current_xact_id_if_assigned() IS NOT NULL",
+    # Needs the privilege PROCESS, and is unknown without.
+    "MySQLDialect": "SELECT trx_rows_modified > 0 FROM information_schema.innodb_trx"
+    " WHERE trx_mysql_thread_id = CONNECTION_ID()",
+}
+
+
+def codes(error: BaseException) -> Iterator[str]:
+    """Return the codes of a database error, in the ways in which the drivers show them.
+
+    :param error: an exception of SQLAlchemy, or of the driver.
+    """
+    original: Any = error.orig if isinstance(error, DBAPIError) else error
+    for name in (
+        "sqlstate",  # psycopg, asyncpg, mysql-connector
+        "pgcode",  # psycopg2
+    ):
+        code = getattr(original, name, None)
+        if isinstance(code, str):
+            yield code
+    # PEP 249's name tells a database error from, say, an OSError, which has a number too.
+    if not original.args or "DatabaseError" not in _names(type(original)):
+        return
+    first = original.args[0]
+    if isinstance(first, int):  # PyMySQL, mysqlclient, mysql-connector, pymssql
+        yield str(first)
+    elif isinstance(first, str):  # pyodbc
+        yield first[:5]
+    elif isinstance(first, dict):  # pg8000
+        yield str(cast("dict[str, str]", first).get("C"))
+    elif isinstance(getattr(first, "code", None), int):  # oracledb, cx_Oracle
+        yield f"ORA-{first.code:05}"
+
+
+def is_aborted(driver: Any) -> bool:
+    """Return whether PostgreSQL has aborted the transaction, and takes nothing but a rollback.
+
+    Whatever speaks its protocol does the same, under any dialect's name.
+
+    :param driver: the driver's connection.
+    """
+    pgconn = getattr(driver, "pgconn", None)  # psycopg; its `info` is much slower
+    if pgconn is None:
+        pgconn = getattr(driver, "info", None)  # psycopg2
+    return getattr(pgconn, "transaction_status", None) == _INERROR or (
+        getattr(driver, "_transaction_status", None) == b"E"  # pg8000 has no public name
+    )
+
+
+def is_autocommit(connection: Connection) -> bool:
+    """Return whether the statements of this connection commit by themselves."""
+    options = connection.get_execution_options()
+    level = options.get("isolation_level")
+    if level is None:
+        # What create_engine(isolation_level=...) was given; the public ways ask the server.
+        level = getattr(connection.dialect, "_on_connect_isolation_level", None)
+    if level is not None:
+        return bool(level == "AUTOCOMMIT")
+    driver = None if connection.closed or connection.invalidated else _driver_of(connection)
+    return getattr(driver, "autocommit", False) is True  # psycopg, psycopg2, pg8000
+
+
+def has_written(connection: Connection) -> bool | None:
+    """Return whether the connection's transaction has written something, None if unknown.
+
+    Only for a moment at which a transaction is about to be discarded: it may cost a round trip.
+    A subclass of ``Connection`` that shares one transaction with others has a ``has_written()``.
+    """
+    own = getattr(connection, "has_written", None)
+    if own is not None:
+        return bool(own())
+    if connection.closed or not connection.in_transaction() or is_autocommit(connection):
+        return False
+    if connection.invalidated:
+        return None
+    driver = _driver_of(connection)
+    if hasattr(driver, "total_changes"):  # SQLite
+        changes = connection.info.get(_CHANGES)
+        return bool(driver.in_transaction and driver.total_changes != changes)
+    statement = next((_WROTE[name] for name in _dialect(connection) if name in _WROTE), None)
+    if statement is None or is_aborted(driver):
+        return None
+    with contextlib.suppress(Exception):
+        # The driver's own cursor: no listener of the application is to notice this.
+        cursor = driver.cursor()
+        try:
+            cursor.execute(statement)
+            row = cursor.fetchone()
+        finally:
+            cursor.close()
+        return None if row is None else bool(row[0])
+    return None
+
+
+def spoiler(info: dict[Any, Any], transaction: Transaction) -> BaseException | None:
+    """Return the error with which the database ended or aborted a transaction by itself.
+
+    :param info: the ``Connection.info`` of its connection, which may be back in the pool.
+    """
+    reference, error = info.get(_SPOILED, _NOTHING)
+    return cast("BaseException", error) if reference() is transaction else None
+
+
+def passed_through(error: BaseException, prefix: str) -> bool:
+    """Return whether this error came out of a method of the dialect, such as ``do_commit``."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_name.startswith(prefix):
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _nothing() -> None:
+    return None
+
+
+_NOTHING: tuple[Any, Any] = (_nothing, None)
+
+
+def _driver_of(connection: Connection) -> Any:
+    return connection.connection.dbapi_connection
+
+
+def _names(kind: type) -> list[str]:
+    return [each.__name__ for each in kind.__mro__]
+
+
+def _dialect(connection: Connection) -> list[str]:
+    # CockroachDB's dialect is a PGDialect, MariaDB's a MySQLDialect. No import of either.
+    return _names(type(connection.dialect))
+
+
+def _rolls_back_on_timeout(driver: Any) -> bool:
+    with contextlib.closing(driver.cursor()) as cursor:
+        cursor.execute("SELECT @@innodb_rollback_on_timeout")
+        return bool(cursor.fetchone()[0])
+
+
+def _on_error(context: ExceptionContext) -> None:
+    """Keep what the error says about the transaction; its later COMMIT does not say it."""
+    connection, error = context.connection, context.original_exception
+    if connection is None or connection.closed or connection.invalidated:
+        return
+    dialect = _dialect(connection)
+    if not isinstance(error, connection.dialect.loaded_dbapi.Error):
+        # Raised into the driver in mid-statement (`gevent.Timeout(s, AnExceptionClass)`): the
+        # answer is still on its way, and the next statement would read it. SQLite has no wire.
+        if passed_through(error, "do_") and "SQLiteDialect" not in dialect:
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+        return
+    transaction = connection.get_transaction()
+    if transaction is None:
+        return
+    driver = _driver_of(connection)
+    found = set(codes(error))
+    if "SQLiteDialect" in dialect:
+        # INSERT OR ROLLBACK, a full disk: it has ended the transaction, with what was in it.
+        spoiled = not driver.in_transaction and driver.total_changes != connection.info.get(
+            _CHANGES
+        )
+    elif "MySQLDialect" in dialect:
+        spoiled = _DEADLOCK in found or (_LOCK_TIMEOUT in found and _rolls_back_on_timeout(driver))
+    else:
+        spoiled = is_aborted(driver) and not connection.in_nested_transaction()
+    if spoiled:
+        connection.info[_SPOILED] = (weakref.ref(transaction), error)
+
+
+def _on_checkout(driver: Any, record: ConnectionPoolEntry, _: object) -> None:
+    """Remember how much this connection of SQLite has ever written."""
+    changes = getattr(driver, "total_changes", None)
+    # A StaticPool gives the same one out twice, in the midst of a transaction.
+    if changes is not None and not driver.in_transaction:
+        record.info[_CHANGES] = changes
+
+
+event.listen(Engine, "handle_error", _on_error)
+event.listen(Pool, "checkout", _on_checkout)

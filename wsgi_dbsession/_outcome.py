@@ -1,0 +1,363 @@
+"""*Which*: the outcome of a unit of work, and everything that belongs to it.
+
+The first matching row of ``Unit._decide`` says which outcome it is. The rest carries it out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, Literal
+
+from ._fork import inherited
+from ._report import add_note, describe, describe_path, log
+from ._step import Step
+from ._transaction import Commit, Truth, is_autocommit, is_inherited, rollback, undo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextvars import Context
+    from typing import TypeAlias
+
+    from _typeshed.wsgi import WSGIEnvironment
+    from sqlalchemy.orm import Session
+    from sqlalchemy.util import ScopedRegistry
+
+    from ._hooks import Hook
+
+Outcome: TypeAlias = Literal["commit", "rollback", "unknown", "partial"]
+Reason: TypeAlias = Literal["error", "doomed", "incomplete", "kept", "veto", "complete"] | Truth
+Veto: TypeAlias = "Callable[[], str] | None"
+
+# RFC 9110, section 9.2.1: a request with one of these methods is not meant to write.
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+
+_OUTCOMES: dict[Truth, Outcome] = {
+    "rolled back": "rollback",
+    "unknown": "unknown",
+    "committed": "commit",
+    "partly committed": "partial",
+}
+
+
+class Unit(Step):
+    """A unit of work and its outcome; the base class of ``Scope``."""
+
+    __slots__ = (
+        "__weakref__",
+        "_discarded",
+        "_hooks",
+        "_info",
+        "_name",
+        "_settling",
+        "_word",
+        "context",
+        "environ",
+        "failure",
+        "observers",
+        "outcome",
+        "reason",
+        "sessions",
+    )
+
+    environ: WSGIEnvironment | None
+    """The request's environ; None in a ``session_scope`` block and once the request is over."""
+
+    outcome: Outcome | None
+    """What became of the work.
+
+    None until it is decided, and where there is nothing to decide: no Session was asked for.
+    "unknown" and "partial" are commits that failed half-way, see :attr:`reason`.
+    """
+
+    reason: Reason | None
+    """Why the outcome is what it is; after a failed commit, the truth about it."""
+
+    failure: BaseException | None
+    """The error of the commit that failed."""
+
+    sessions: dict[ScopedRegistry[Session], Session]
+    """The Sessions that were asked for, by the registry that keeps them here."""
+
+    context: Context | None
+    """That in which the application last asked for a Session: the outcome runs in it."""
+
+    def __init__(
+        self,
+        environ: WSGIEnvironment | None,
+        observers: tuple[Any, ...] = (),
+        name: str = "a request that is over",
+    ) -> None:
+        super().__init__()
+        self.environ = environ
+        self.observers = observers
+        self.sessions = {}
+        self.outcome = self.reason = self.failure = self.context = None
+        self._name = name
+        self._info: dict[str, Any] | None = None
+        self._word: Literal["doomed", "kept"] | None = None
+        self._hooks: tuple[Hook, ...] = ()
+        self._discarded: str | None = None
+        self._settling = False
+
+    @property
+    def name(self) -> str:
+        """``"POST /notes"`` for a request, for a block its name."""
+        return self._name if self.environ is None else describe(self.environ)
+
+    def abandon(self) -> None:
+        """Forget everything, in a child process: it is the parent's."""
+        super().abandon()
+        inherited.append(self.sessions)  # they may have connections that no pool knows
+        self.sessions, self._hooks, self._discarded, self.context = {}, (), None, None
+
+    def undecided(self) -> bool:
+        """Return whether there is something that no outcome has covered yet."""
+        if self._hooks or self._discarded:
+            return True
+        if self.context is None:  # no Session was asked for
+            return False
+        if self.outcome is None:
+            return True
+        for session in self.sessions.values():  # noqa: SIM110 - any() costs two calls more
+            if session.in_transaction():
+                return True
+        return False
+
+    def _decide(
+        self,
+        error: BaseException | None,
+        complete: bool,
+        veto: Callable[[], str] | None,
+    ) -> tuple[Outcome, Reason]:
+        """Return the outcome and the reason: the first matching row."""
+        if error is not None:
+            return "rollback", "error"
+        if self._word == "doomed":
+            return "rollback", "doomed"
+        if not complete:
+            return "rollback", "incomplete"
+        if self._word == "kept":
+            return "commit", "kept"
+        if veto is not None and (vetoed := veto()):
+            self._log_discarded(vetoed)
+            return "rollback", "veto"
+        return "commit", "complete"
+
+    def settle(
+        self,
+        error: BaseException | None = None,
+        *,
+        complete: bool = True,
+        veto: Callable[[], str] | None = None,
+        final: bool = True,
+    ) -> None:
+        """Decide, carry it out, and run the hooks; again for what those have begun.
+
+        Call it in a step, where :meth:`undecided`. It runs in the application's context, and sets
+        nothing in the caller's.
+
+        :param veto: returns why to roll back, or an empty string.
+        :param final: whether the scope ends with it, see :class:`Commit`.
+        :raises BaseException: the veto raised or the commit failed.
+        """
+        for again in range(100):
+            context = self.own(self.context or copy_context())
+            context.run(self._settle, error, complete, veto, final)
+            if not self.undecided() or (again and self.outcome == "rollback"):
+                return
+        msg = (
+            "over 100 subsequent outcomes of one scope: does a hook, or a listener of a commit, "
+            "begin a new transaction each time?"
+        )
+        raise RuntimeError(msg)
+
+    def _settle(
+        self,
+        error: BaseException | None,
+        complete: bool,
+        veto: Callable[[], str] | None,
+        final: bool,
+    ) -> None:
+        self._settling = True  # what is closed from here on is not discarded by the application
+        try:
+            outcome, reason = self._decide(error, complete, veto)
+        except BaseException as failure:
+            self._roll_back(failure, "error")
+            raise
+        if outcome == "commit":
+            self._commit(reason, final)
+        else:
+            self._roll_back(error, reason)
+
+    def _commit(self, reason: Reason, final: bool) -> None:
+        sessions = list(self.sessions.values())
+        if len(sessions) > 1:
+            # In the order in which the registries were adopted.
+            found: dict[Any, Session] = self.sessions
+            sessions = [found[each] for each in sorted(found, key=lambda each: each.number)]
+        commit = Commit(sessions, final=final)
+        try:
+            if self._discarded:
+                raise _refuse_discarded(self._discarded)
+            commit.run()
+        except BaseException as failure:
+            self.failure = failure
+            self._fail(failure, *commit.explain(failure))
+            raise
+        self._conclude("commit", reason)
+
+    def _fail(self, failure: BaseException, truth: Truth, explanation: str) -> None:
+        self.outcome, self.reason = _OUTCOMES[truth], truth
+        add_note(failure, f"{self.name}: {explanation}")
+        try:
+            rollback(self.sessions.values(), failure)
+        finally:
+            if not self.tell("commit_failed", failure):
+                arguments = (self.name, explanation, failure)
+                log.error("%s: %s: %s", *arguments, exc_info=failure, extra=self.extra())
+            self._conclude(self.outcome, truth)
+
+    def _roll_back(self, error: BaseException | None, reason: Reason) -> None:
+        try:
+            rollback(self.sessions.values(), error)
+        finally:
+            self._conclude("rollback", reason)
+
+    def _conclude(self, outcome: Outcome, reason: Reason) -> None:
+        self.outcome, self.reason = outcome, reason
+        self._discarded, self._settling = None, False
+        try:
+            if self._hooks:
+                self._run_hooks(outcome)
+        finally:
+            if self.observers:
+                self.tell("settled")
+
+    def _run_hooks(self, outcome: Outcome) -> None:
+        interruption: BaseException | None = None
+        while self._hooks:
+            hooks, self._hooks = self._hooks, ()
+            for hook in hooks:
+                if hook.outcome == outcome:
+                    if self.observers:
+                        self.tell("hook_called", hook.function)
+                    # An interruption too: the others run, and then it goes on.
+                    failure = hook.run(self.name, self.extra())
+                    interruption = interruption or failure
+        if interruption is not None:
+            raise interruption
+
+    def _log_discarded(self, vetoed: str) -> None:
+        method = (self.environ or {}).get("REQUEST_METHOD")
+        for session in self.sessions.values():
+            # Which statements were writes, is unknown: the method says what to expect.
+            if session.in_transaction() and (
+                method not in _SAFE_METHODS or session.new or session.dirty or session.deleted
+            ):
+                but = ", except what AUTOCOMMIT has committed" if is_autocommit(session) else ""
+                message = "%s: discarding uncommitted changes%s: %s; scope.keep() commits them"
+                log.info(message, self.name, but, vetoed, extra=self.extra())
+                return
+
+    def close(
+        self,
+        error: BaseException | None = None,
+        *,
+        complete: bool = True,
+        veto: Callable[[], str] | None = None,
+    ) -> None:
+        """Settle what is undecided and close the Sessions. Call it in the last step.
+
+        :raises BaseException: see :meth:`settle`; the Sessions are closed all the same. Nothing
+            is raised where there is an `error`: the first one is the one that propagates.
+        """
+        failure = error
+        try:
+            if self.undecided():
+                self.settle(error, complete=complete, veto=veto)
+        except BaseException as settling:
+            failure = failure or settling
+        interruption = self.close_sessions()
+        failure = failure or interruption
+        if self.observers:
+            self.tell("closed")
+        # The environ and the context refer to this scope: a cycle until a collection.
+        self.environ = self.context = None
+        if error is None and failure is not None:
+            try:
+                raise failure
+            finally:
+                failure = interruption = None  # a traceback that refers to this frame is a cycle
+
+    def drop(self) -> None:
+        """Close the Sessions of a response that was dropped without ``close()``.
+
+        For a finalizer, so it runs no code of the application and touches no context variable.
+        """
+        if any(map(is_inherited, self.sessions.values())):
+            self.abandon()
+        undecided, name = self.undecided(), self.name
+        self.close_sessions()
+        self.environ = self.context = None
+        if undecided:
+            self.outcome, self.reason = "rollback", "incomplete"
+            message = f"{name}: response dropped without close(), rolling back"
+            warnings.warn(message, ResourceWarning, stacklevel=2)
+
+    def close_sessions(self) -> BaseException | None:
+        """Close the Sessions, each even if another fails.
+
+        :return: the first interruption, see :func:`undo`.
+        """
+        interruption = None
+        while self.sessions:
+            session = self.sessions.pop(next(iter(self.sessions)))
+            session.dbsession_discard = None  # type: ignore[attr-defined]
+            failure = undo(session, "close")
+            interruption = interruption or failure
+        return interruption
+
+    # -- those who look on ------------------------------------------------------------------------
+
+    def join(self, observers: tuple[Any, ...]) -> None:
+        """Let the observers of a nested middleware look on too."""
+        new = tuple(each for each in dict.fromkeys(observers) if each not in self.observers)
+        self.observers += new
+        for observer in new:
+            self._call(observer, "opened")
+
+    def tell(self, method: str, *arguments: object) -> bool:
+        """Call the observers.
+
+        :return: whether one of them has dealt with it.
+        """
+        # Each is called, whatever the one before it returned.
+        return True in [self._call(each, method, *arguments) for each in self.observers]
+
+    def _call(self, observer: Any, method: str, *arguments: object) -> object:
+        try:
+            return getattr(observer, method)(self, *arguments)
+        except Exception:
+            log.exception("observer failed in %s(): %r", method, observer, extra=self.extra())
+            return None
+
+    def extra(self) -> dict[str, object]:
+        """Return the fields of a log record, for machines."""
+        environ = self.environ or {}
+        return {
+            "method": environ.get("REQUEST_METHOD"),
+            "path": None if self.environ is None else describe_path(environ),
+            "scope": self.name,
+            "outcome": self.outcome,
+            "reason": self.reason,
+        }
+
+
+def _refuse_discarded(line: str) -> BaseException:
+    msg = (
+        f"cannot commit: a Session was closed at {line}, and what it had written is lost. Remove "
+        "that line, because the middleware and session_scope close Sessions themselves, or call "
+        "Session.commit() or Session.rollback() before it"
+    )
+    return RuntimeError(msg)

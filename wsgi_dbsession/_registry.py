@@ -1,0 +1,215 @@
+"""The registry whose storage is the scope, and how a ``scoped_session`` is adopted.
+
+``scoped_session`` keeps its Sessions in a ``ScopedRegistry``. An adopted one has a subclass of
+it, so there is no process-wide dictionary, and a scope that is dropped takes its Sessions along.
+"""
+
+from __future__ import annotations
+
+import itertools
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.util import ScopedRegistry
+
+from ._fork import forget_inherited
+from ._scope import Observer, current_scope, find_scope
+from ._transaction import AdoptedSession
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sqlalchemy.orm import SessionTransaction
+
+    from ._scope import Scope
+
+_numbers = itertools.count()
+_FIX = "Session = scoped_session(sessionmaker(engine), scopefunc=current_scope)"
+
+
+class SessionRegistry(ScopedRegistry[Session]):
+    """Keeps the Sessions of one ``scoped_session`` on their scopes."""
+
+    __slots__ = ("number", "observers")
+
+    def __init__(self, factory: sessionmaker[Any]) -> None:
+        super().__init__(factory, current_scope)
+        self.number = next(_numbers)
+        self.observers: tuple[Observer, ...] = ()
+
+    def __call__(self) -> Session:
+        """Return the scope's Session, a new one at first."""
+        scope = current_scope()
+        scope.context = copy_context()
+        try:
+            return scope.sessions[self]
+        except KeyError:
+            forget_inherited()
+            session = self.createfunc()
+            self._keep(scope, session)
+            return session
+
+    def has(self) -> bool:
+        """Return whether the scope has a Session; False outside of any scope."""
+        scope = find_scope()
+        return scope is not None and self in scope.sessions
+
+    def set(self, obj: Session) -> None:
+        """Make this the scope's Session."""
+        scope = current_scope()
+        scope.context = copy_context()
+        self.clear()
+        self._keep(scope, obj)
+
+    def clear(self) -> None:
+        """Close the scope's Session, if there is one, and forget it."""
+        scope = find_scope()
+        session = None if scope is None else scope.sessions.get(self)
+        if scope is not None and session is not None:
+            session.close()  # a Session that is forgotten is not to keep its connection
+            session.dbsession_discard = None  # type: ignore[attr-defined]
+            scope.sessions.pop(self, None)
+
+    def _keep(self, scope: Scope, session: Session) -> None:
+        session.dbsession_discard = scope.discarded  # type: ignore[attr-defined]
+        scope.sessions[self] = session
+        if not scope.in_step:
+            # Its step ended in another thread while the Session was being made.
+            session.dbsession_discard = None  # type: ignore[attr-defined]
+            if scope.sessions.pop(self, None) is not None:
+                session.close()
+            current_scope()
+
+
+def adopt(registries: Iterable[scoped_session[Any]]) -> tuple[SessionRegistry, ...]:
+    """Make these registries keep their Sessions on the scope, from now on.
+
+    :raises TypeError: one is not a ``scoped_session`` over a ``sessionmaker``.
+    :raises ValueError: there is none, or one has another ``scopefunc``.
+    """
+    given = tuple(dict.fromkeys(registries))
+    if not given:
+        msg = f"registries must not be empty. Pass the application's own: `{_FIX}`"
+        raise ValueError(msg)
+    for registry in given:
+        _check(registry)
+    return tuple(dict.fromkeys(_adopt(registry) for registry in given))
+
+
+def _check(registry: scoped_session[Any]) -> None:
+    kind: type = type(registry)  # of which the annotation knows only what it should be
+    if not issubclass(kind, scoped_session):
+        fix = f"Make it by `{_FIX}`"
+        if issubclass(kind, (list, tuple, set)):
+            fix = "Pass each as an argument of its own: `SessionMiddleware(app, *registries)`"
+        msg = f"a session registry must be a scoped_session, got {registry!r}. {fix}"
+        raise TypeError(msg)
+    factory: Any = registry.session_factory
+    if getattr(registry.registry, "scopefunc", None) is not current_scope:
+        fix = f"Make it by `{_FIX}`"
+        if any(each.__module__.startswith("flask_sqlalchemy.") for each in _classes(factory)):
+            fix = (
+                "Flask-SQLAlchemy removes db.session before the commit, so do not pass it but "
+                "make one beside it: "
+                "`Session = scoped_session(sessionmaker(db.engine), scopefunc=current_scope)`"
+            )
+        # A thread-local registry has no scopefunc at all.
+        msg = f"the scopefunc of a session registry must be current_scope, got {registry!r}. {fix}"
+        raise ValueError(msg)
+    if not isinstance(factory, sessionmaker):
+        msg = f"the factory of a session registry must be a sessionmaker, got {factory!r}"
+        raise TypeError(f"{msg}. Make it by `{_FIX}`")
+
+
+def _classes(factory: Any) -> tuple[type, ...]:
+    return getattr(factory, "class_", object).__mro__
+
+
+def _adopt(registry: scoped_session[Any]) -> SessionRegistry:
+    adopted = registry.registry
+    if not isinstance(adopted, SessionRegistry):
+        factory: sessionmaker[Any] = registry.session_factory
+        if not issubclass(factory.class_, AdoptedSession):
+            # sessionmaker makes a class of its own already, so that listeners find it.
+            attributes: dict[str, Any] = {"dbsession_lines": set()}
+            name = factory.class_.__name__
+            factory.class_ = type(name, (AdoptedSession, factory.class_), attributes)
+            # Before those of the application, which may raise.
+            event.listen(factory, "after_commit", _after_commit, insert=True)
+            event.listen(factory, "after_flush", _after_flush, insert=True)
+            event.listen(factory, "after_soft_rollback", _after_rollback, insert=True)
+        adopted = registry.registry = SessionRegistry(factory)
+    return adopted
+
+
+def _after_commit(session: AdoptedSession) -> None:
+    if not session.in_nested_transaction():
+        session.dbsession_committed = True
+        session.dbsession_flushed = False
+
+
+def _after_flush(session: AdoptedSession, _: object) -> None:
+    session.dbsession_flushed = True
+
+
+def _after_rollback(session: AdoptedSession, transaction: SessionTransaction) -> None:
+    if transaction.nested:
+        scope = find_scope()
+        if scope is not None:
+            scope.drop_hooks(transaction)
+    elif transaction.parent is None:
+        session.dbsession_flushed = False
+
+
+def observers_of(registries: Iterable[SessionRegistry]) -> tuple[Observer, ...]:
+    """Return those who look on at these registries."""
+    found: tuple[Observer, ...] = ()
+    for registry in registries:
+        if registry.observers:
+            found += registry.observers
+    return tuple(dict.fromkeys(found)) if found else found
+
+
+class observe:  # noqa: N801 - used like contextlib's context managers
+    """Let an observer look on at every scope whose middleware or block has this registry.
+
+    It begins at once. As a context manager it stops at the end of the block::
+
+        with observe(Session, observer):
+            client.post("/notes")
+
+    :param registry: the application's ``scoped_session``.
+    :param observer: an :class:`Observer`.
+    :raises TypeError: it is not an Observer, or see :class:`session_scope`.
+    :raises ValueError: see :class:`session_scope`.
+    """
+
+    def __init__(self, registry: scoped_session[Any], observer: Observer) -> None:
+        check_observers((observer,))
+        self._observer = observer
+        (self._registry,) = adopt((registry,))
+        self._registry.observers += (observer,)
+
+    def __enter__(self) -> Observer:
+        return self._observer
+
+    def __exit__(self, *_: object) -> None:
+        left = list(self._registry.observers)
+        left.remove(self._observer)
+        self._registry.observers = tuple(left)
+
+
+def check_observers(observers: Iterable[Observer]) -> tuple[Observer, ...]:
+    """Return the observers.
+
+    :raises TypeError: one is not an Observer.
+    """
+    found = tuple(observers)
+    for observer in found:
+        kind: type = type(observer)
+        if not issubclass(kind, Observer):
+            msg = f"an observer must be an instance of Observer, got {observer!r}"
+            raise TypeError(f"{msg}. Derive its class from wsgi_dbsession.Observer")
+    return found

@@ -1,0 +1,100 @@
+"""PEP 3333: the held start of a response, closing an iterable, the length of a body."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import TypeAlias
+
+    from _typeshed import OptExcInfo
+    from _typeshed.wsgi import StartResponse
+
+    Headers: TypeAlias = list[tuple[str, str]]
+
+END: Any = object()
+"""Stands for a block where there is none left."""
+
+_NUMBER = re.compile("[0-9]+")
+
+
+def close(iterable: Iterable[bytes]) -> None:
+    """Close a response's iterable, see "Specification Details" in PEP 3333."""
+    method = getattr(iterable, "close", None)
+    if method is not None:
+        method()
+
+
+def body_length(is_head: bool, status: str, headers: Headers) -> float:
+    """Return the number of bytes that make the body whole, infinite if that is unknown.
+
+    It is 0 where the headers alone are the whole response: HEAD, 1xx, 204, 304 (RFC 9110, section
+    6.4.1). A Content-Length that is malformed or given twice counts with its smallest number, so
+    that no client can take the body for whole before.
+    """
+    if is_head or status[:1] == "1" or status[:3] in ("204", "304"):
+        return 0
+    length = math.inf
+    for name, value in headers:
+        # The length first: this is asked for each header of each stream.
+        if len(name) == 14 and name.lower() == "content-length":
+            length = min([length, *map(int, _NUMBER.findall(value))])
+    return length
+
+
+class HeldStart:
+    """A ``start_response`` that keeps the response's start until :meth:`release`.
+
+    It does not know the body: a generator holds on to the ``start_response`` it was given, and a
+    way from here back to it would keep an abandoned response alive until a collection.
+
+    :param start_response: that of the server.
+    """
+
+    __slots__ = ("_exc_info", "_server", "_write", "headers", "released", "status")
+
+    headers: Headers
+    """The very list that the application gave: a header appended to it reaches the client."""
+
+    def __init__(self, start_response: StartResponse) -> None:
+        self.status: str | None = None
+        self.released = False
+        self._exc_info: OptExcInfo | None = None
+        self._server = start_response
+
+    def __call__(
+        self, status: str, headers: Headers, exc_info: OptExcInfo | None = None, /
+    ) -> Callable[[bytes], object]:
+        """Keep the start, see "The start_response() Callable" in PEP 3333."""
+        self.status = status
+        self.headers = headers
+        self._exc_info = exc_info
+        if self.released:
+            # Too late to replace it: the server raises, or knows how to.
+            self.released = False
+            self.release()
+        return self.write
+
+    def release(self) -> None:
+        """Pass the start to the server, unless that has been done."""
+        if self.released:
+            return
+        assert self.status is not None
+        self.released = True
+        exc_info = self._exc_info
+        if exc_info is None:
+            self._write = self._server(self.status, self.headers)
+            return
+        self._exc_info = None
+        try:
+            self._write = self._server(self.status, self.headers, exc_info)
+        finally:
+            exc_info = None  # a traceback that refers to this frame is a cycle
+
+    def write(self, block: bytes, /) -> None:
+        """Send a block at once: the write callable of PEP 3333."""
+        self.release()
+        self._write(block)

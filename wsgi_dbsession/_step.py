@@ -1,0 +1,114 @@
+"""A step: one call into the application, and the context variable that names its scope."""
+
+from __future__ import annotations
+
+import os
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextvars import Context
+
+# The one piece of global state: the innermost scope of the step that runs here. Its methods are
+# bound once, because CPython 3.11 would bind them at each call.
+_current: ContextVar[Step | None] = ContextVar("wsgi_dbsession.scope", default=None)
+_get, _set, _reset = _current.get, _current.set, _current.reset
+
+
+class Step:
+    """What a scope is while one of its steps runs; the base class of ``Scope``."""
+
+    __slots__ = ("_innermost", "_token", "in_step")
+
+    in_step: bool
+    """Whether one of its steps is running; between them, and afterwards, it is refused."""
+
+    def __init__(self) -> None:
+        self.in_step = False
+        self._innermost: Step | None = None
+        self._token: Token[Step | None] | None = None
+
+    def enter(self) -> None:
+        """Start a step: this scope is the current one, in this thread, greenlet and context."""
+        innermost = self._innermost
+        # A generator may have been suspended in a `session_scope` block of its own.
+        if innermost is None or not innermost.in_step:
+            self._token = _set(self)
+        else:
+            self._token = _set(innermost)
+        self.in_step = True
+
+    def leave(self) -> None:
+        """End a step: nothing of this scope is left in the context."""
+        self.in_step = False
+        token, self._token = self._token, None
+        if token is not None:  # else an interruption came before the step had begun
+            innermost = _get()
+            self._innermost = None if innermost is self else innermost
+            _reset(token)
+
+    def leave_block(self, error: BaseException | None = None) -> None:
+        """End a ``session_scope`` block.
+
+        :param error: what left it. The collector may close a generator, and with it a block, in
+            the midst of a ``ContextVar.set()``, which crashes CPython 3.10 and 3.11 if it meets
+            another one. The variable is left alone then, and :func:`active_step` looks past it.
+        """
+        self.in_step = False
+        if isinstance(error, GeneratorExit) or _get() is not self or self._token is None:
+            return
+        try:
+            _reset(self._token)
+        except ValueError:  # a generator's block that was entered in another context
+            _set(self.outer)
+
+    @property
+    def outer(self) -> Step | None:
+        """The scope that this one is in, during a step."""
+        token = self._token
+        if token is None or token.old_value is Token.MISSING:
+            return None
+        outer: Step | None = token.old_value
+        return outer
+
+    def own(self, context: Context) -> Context:
+        """Make this scope the current one of a copied context."""
+        if context.get(_current) is not self:
+            context.run(_set, self)
+        return context
+
+    def abandon(self) -> None:
+        """Be none of this process: it is a child, and the scope its parent's."""
+        self.in_step = False
+
+
+def active_step() -> Step | None:
+    """Return the innermost scope in whose step this is called."""
+    step = _get()
+    # A block that the collector closed is still there, see leave_block().
+    while step is not None and not step.in_step:
+        step = step.outer
+    return step
+
+
+def active_steps() -> Iterator[Step]:
+    """Return the active scopes, from the innermost outwards."""
+    step = _get()
+    while step is not None:
+        if step.in_step:
+            yield step
+        step = step.outer
+
+
+def _leave_parent() -> None:
+    """Leave the parent's scopes, whose Sessions hold the parent's connections."""
+    step = _get()
+    while step is not None:
+        step.abandon()
+        step = step.outer
+    _set(None)
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has no fork
+    os.register_at_fork(after_in_child=_leave_parent)

@@ -1,0 +1,187 @@
+"""The middleware: checks at construction, and whether a request is the first with its key."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Table
+from sqlalchemy.orm import scoped_session
+
+from wsgi_dbsession._middleware import SessionMiddleware
+
+from ._problem import Problem
+from ._record import HOP_BY_HOP, Recording, respond
+from ._replay import replay
+from ._request import fingerprint, identify, read_body, read_key
+from ._rows import Claim, Rows
+from ._table import COLUMNS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+# RFC 9110, section 9.2.1: they are not meant to have an effect.
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+
+_HEADER = "HTTP_IDEMPOTENCY_KEY"
+_KEY = "wsgi_dbsession.idempotency_key"
+
+
+class Idempotency:
+    """Let a request that is repeated with the same ``Idempotency-Key`` take effect once.
+
+    ::
+
+        keys = idempotency_table(Base.metadata)
+        app = SessionMiddleware(Idempotency(app, Session, keys, principal=user_of), Session)
+
+    The first request with a key runs, and its response is stored in its own transaction. A later
+    one gets the stored response, with ``Idempotent-Replayed: true``, and the application is not
+    called. What is rolled back stores nothing, so the client can repeat it with the same key.
+
+    It goes directly inside of :class:`SessionMiddleware`. Only unsafe methods (not GET, HEAD,
+    OPTIONS, TRACE) and requests with the header are concerned; the application finds the key in
+    ``environ["wsgi_dbsession.idempotency_key"]``.
+
+    :param app: the WSGI application.
+    :param registry: the application's registry; its database has the table.
+    :param table: made by :func:`idempotency_table`.
+    :param principal: called with environ, returns who sends the request, or None for an anonymous
+        one. A principal is never answered with the response of another one. Return only what has
+        been verified, or the credentials themselves: a stored response is sent without asking the
+        application.
+    :param required: whether an unsafe request without a key is refused, or a callable that is
+        called with environ and returns that.
+    :param wait: whether a request waits for the end of a running one with the same key. False
+        answers 409 at once, on PostgreSQL and MariaDB; others wait all the same.
+    :param max_body: a request with a key and a longer body, in bytes, is refused. The body is kept
+        in memory.
+    :param max_response: a longer response, in bytes, is not stored.
+    :param headers: names of the response's headers to store. None stores all but ``Set-Cookie``.
+    :raises TypeError: if an argument has the wrong type, or ``app`` is a SessionMiddleware.
+    :raises ValueError: if a number is negative, the table lacks a column, or a header belongs to
+        one connection only.
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        registry: scoped_session[Any],
+        table: Table,
+        *,
+        principal: Callable[[WSGIEnvironment], str | None],
+        required: bool | Callable[[WSGIEnvironment], bool] = False,
+        wait: bool = True,
+        max_body: int = 1 << 20,
+        max_response: int = 1 << 20,
+        headers: Iterable[str] | None = None,
+    ) -> None:
+        _check_app(app)
+        _check_kind("registry", registry, scoped_session, "Pass the application's own")
+        _check_kind("table", table, Table, "Make it by idempotency_table()")
+        if missing := sorted(COLUMNS.difference(table.c.keys())):
+            msg = (
+                f"table must have the columns {', '.join(missing)}, got {table!r}. "
+                "Make it by idempotency_table()"
+            )
+            raise ValueError(msg)
+        if not callable(principal):
+            msg = (
+                f"principal must be callable, got {principal!r}. "
+                "Pass principal(environ), which returns who sends the request"
+            )
+            raise TypeError(msg)
+        if not callable(required):
+            _check_kind("required", required, bool, "Pass True, False or required(environ)")
+        _check_kind("wait", wait, bool, "Pass True or False")
+        for name, value in (("max_body", max_body), ("max_response", max_response)):
+            _check_kind(name, value, int, "Pass a number of bytes")
+            if value < 0:
+                msg = f"{name} must be at least 0, got {value!r}. Pass a number of bytes"
+                raise ValueError(msg)
+        self.app = app
+        self._principal = principal
+        self._required = required
+        self._max_body = max_body
+        self._max_response = max_response
+        self._headers = None if headers is None else _choose(headers)
+        self._rows = Rows(registry, table, wait)
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Handle one request."""
+        # A request in a request, with a copy of its environ, would wait for itself.
+        if environ["REQUEST_METHOD"] in _SAFE_METHODS or _KEY in environ:
+            return self.app(environ, start_response)
+        try:
+            claim = self._read(environ)
+            row = None if claim is None else self._rows.claim(claim)
+            if claim is not None and row is not None:
+                return replay(row, claim.fingerprint, start_response)
+        except Problem as problem:
+            return problem.respond(start_response)
+        if claim is None:
+            return self.app(environ, start_response)
+        environ[_KEY] = claim.key
+        recording = Recording(start_response, self._rows, claim, self._max_response, self._headers)
+        return respond(self.app, environ, recording)
+
+    def _read(self, environ: WSGIEnvironment) -> Claim | None:
+        """Read the key, and the body that the application is to read again.
+
+        :return: None without a key.
+        :raises Problem: if the request has to have one, or cannot be handled.
+        """
+        header = environ.get(_HEADER)
+        if header is None:
+            required = self._required
+            if required(environ) if callable(required) else required:
+                raise Problem(
+                    "400 Bad Request",
+                    "key_missing",
+                    "This request needs an Idempotency-Key: a new one for each thing that you "
+                    "want done, and the same one each time that you repeat the request for it.",
+                )
+            return None
+        key = read_key(header)
+        principal = self._principal(environ)
+        if principal is not None:
+            _check_kind("principal", principal, str, "Return a string or None")
+        body = read_body(environ, self._max_body)
+        environ["wsgi.input"] = io.BytesIO(body)
+        return Claim(identify(principal, key), key, fingerprint(environ, body))
+
+
+def _check_app(app: object) -> None:
+    if not callable(app):
+        msg = f"app must be callable, got {app!r}. Pass the WSGI application"
+        raise TypeError(msg)
+    if any(isinstance(each, SessionMiddleware) for each in (app, getattr(app, "app", None))):
+        msg = (
+            f"app must be inside of SessionMiddleware, got {app!r}. Write "
+            "`SessionMiddleware(Idempotency(app, Session, keys, principal=...), Session)`"
+        )
+        raise TypeError(msg)
+
+
+def _check_kind(name: str, value: object, kind: type, fix: str) -> None:
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "aeiou" else "a"
+        msg = f"{name} must be {article} {kind.__name__}, got {value!r}. {fix}"
+        raise TypeError(msg)
+
+
+def _choose(headers: Iterable[str]) -> frozenset[str]:
+    """Return the names of the headers to store, in lower case."""
+    if isinstance(headers, str):
+        msg = f"headers must be several names, got {headers!r}. Pass a list"
+        raise TypeError(msg)
+    chosen: set[str] = set()
+    for name in headers:
+        _check_kind("each of headers", name, str, "Pass names of headers")
+        if name.lower() in HOP_BY_HOP:
+            msg = f"headers must not contain {name!r}. It belongs to one connection: remove it"
+            raise ValueError(msg)
+        chosen.add(name.lower())
+    return frozenset(chosen) - {"content-length"}

@@ -1,0 +1,292 @@
+"""The response of a first request, stored before its outcome."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections import deque
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from wsgi_dbsession._scope import current_scope
+
+from ._problem import in_progress
+from ._rows import Claim, Rows, Stored
+from ._start import body_length, close, is_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from _typeshed import OptExcInfo
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from sqlalchemy.orm import SessionTransaction
+
+# They belong to one connection: RFC 9110, section 7.6.1.
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+# A cookie is a login. Length and date are those of the replay.
+_NOT_STORED = HOP_BY_HOP | {"content-length", "date", "set-cookie"}
+
+
+class Taken(Exception):  # noqa: N818 - it never leaves this package
+    """The key belongs to another request, because the application rolled back this one's row."""
+
+
+def respond(
+    app: WSGIApplication, environ: WSGIEnvironment, recording: Recording
+) -> Iterable[bytes]:
+    """Call the application, and store its response."""
+    file_wrapper = environ.get("wsgi.file_wrapper")  # the application may change it
+    result: Iterable[bytes] = ()
+    try:
+        result = app(environ, recording)
+        return recording.record(result, file_wrapper)
+    except BaseException as error:
+        with contextlib.suppress(BaseException):  # the first error is the one to raise
+            close(result)
+        recording.failure = None  # it refers to this frame
+        if isinstance(error, Taken):
+            return in_progress().respond(recording, sys.exc_info())
+        raise
+
+
+class Recording:
+    """The ``start_response`` of the application, which records the response.
+
+    It passes on everything at once: the SessionMiddleware around it holds the start back.
+
+    :param start_response: that of the SessionMiddleware.
+    :param rows: where to store the response.
+    :param claim: the request's claim to its key.
+    :param max_response: the largest body, in bytes, that is stored.
+    :param chosen: the names of the headers to store, in lower case; None for the usual ones.
+    """
+
+    __slots__ = (
+        "_blocks",
+        "_body",
+        "_chosen",
+        "_claim",
+        "_headers",
+        "_is_marked",
+        "_is_stored",
+        "_length",
+        "_max_response",
+        "_rows",
+        "_server",
+        "_status",
+        "_transaction",
+        "_write",
+        "failure",
+    )
+
+    def __init__(
+        self,
+        start_response: StartResponse,
+        rows: Rows,
+        claim: Claim,
+        max_response: int,
+        chosen: frozenset[str] | None,
+    ) -> None:
+        self.failure: BaseException | None = None
+        self._server = start_response
+        self._rows = rows
+        self._claim = claim
+        self._max_response = max_response
+        self._chosen = chosen
+        self._status: str | None = None
+        self._headers: list[tuple[str, str]] = []
+        self._blocks: list[bytes] = []  # empty once they are too many
+        self._length = 0
+        self._is_marked = False
+        self._is_stored = False
+        # What was stored, and the transaction that it was stored in.
+        self._body: bytes | None = None
+        self._transaction: SessionTransaction | None = None
+
+    def __call__(
+        self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
+    ) -> Callable[[bytes], object]:
+        if exc_info is None:
+            self._write = self._server(status, headers)
+        else:
+            try:
+                self._write = self._server(status, headers, exc_info)
+            finally:
+                exc_info = None  # a traceback that refers to this frame is a cycle
+        self._status = status
+        self._headers = headers
+        return self.write
+
+    def write(self, block: bytes, /) -> None:
+        """Send a block at once, as the write callable of PEP 3333 does."""
+        self._add(block)
+        # The outcome may come with this block.
+        if self._length >= self._expected():
+            self._store()
+        else:
+            self._mark()
+        self._write(block)
+
+    def record(self, result: Iterable[bytes], file_wrapper: object) -> Iterable[bytes]:
+        """Store the response that the application returned.
+
+        :param file_wrapper: that of the server.
+        :return: what the server is to get.
+        :raises Taken: if the key does not belong to this request any more.
+        """
+        if self.failure is not None:
+            raise self.failure  # the application caught it, out of write()
+        kind = type(result)
+        if kind is list or kind is tuple:
+            if self._status is not None:  # or the SessionMiddleware refuses it
+                for block in result:
+                    self._add(block)
+                self._store()
+            return result
+        if self._status is not None and self._is_long() and is_file(result, file_wrapper):
+            self._mark()
+            return result
+        body = Body(self, result)
+        is_ended = False
+        if self._status is None:
+            # A generator may start the response as late as with its first block.
+            is_ended = next(body.read_ahead(), None) is None
+            if self._status is None:
+                return body
+        if is_ended:
+            self._store()
+        elif self._is_long():
+            self._mark()
+        else:
+            self._read(body)
+            self._store()
+        return body
+
+    def renew(self) -> None:
+        """Store the response again if the application has rolled back what was stored.
+
+        To be called where the application has gone on, before an outcome can come.
+
+        :raises Taken: if the key does not belong to this request any more.
+        """
+        if self._is_marked or self._is_stored:
+            transaction = self._rows.transaction()
+            if transaction is not None and transaction is not self._transaction:
+                self._save(self._body)
+
+    def _expected(self) -> float:
+        assert self._status is not None
+        return body_length(self._status, self._headers)
+
+    def _is_long(self) -> bool:
+        """Return whether the response is too long to be stored, or may be endless."""
+        return self._expected() > self._max_response
+
+    def _read(self, body: Body) -> None:
+        """Read blocks until the body is complete."""
+        expected = self._expected()
+        if self._length < expected:
+            for block in body.read_ahead():
+                self._add(block)
+                if self._length >= expected:
+                    break
+
+    def _add(self, block: bytes) -> None:
+        self._length += len(block)
+        if self._length <= self._max_response:
+            self._blocks.append(block)
+        else:
+            self._blocks.clear()
+
+    def _mark(self) -> None:
+        """Store that the request is done, and that its response is not stored."""
+        if not self._is_marked:
+            self._is_marked = True
+            self._save(None)
+
+    def _store(self) -> None:
+        """Store the response, of which the body is complete."""
+        if self._is_stored:
+            return
+        self._is_stored = True
+        # What is longer or shorter than it claims to be is cut, and so would its replay be.
+        is_sound = self._expected() in (self._length, math.inf)
+        is_kept = is_sound and self._length <= self._max_response
+        self._save(b"".join(self._blocks) if is_kept else None)
+
+    def _save(self, body: bytes | None) -> None:
+        assert self._status is not None
+        self._body = body
+        headers = [(name, value) for name, value in self._headers if self._is_chosen(name.lower())]
+        try:
+            if not self._rows.store(self._claim, Stored(self._status, headers, body)):
+                # Nothing of this request may be committed, whatever the application catches.
+                current_scope().doom()
+                msg = (
+                    "another request took the Idempotency-Key after a rollback by the application"
+                )
+                raise Taken(msg)
+            self._transaction = self._rows.transaction()
+        except SQLAlchemyError as error:
+            # An error page often follows an error that has aborted the transaction.
+            if self._status[:1] not in "45":
+                self.failure = error
+                raise
+        except Taken as error:
+            self.failure = error
+            raise
+
+    def _is_chosen(self, name: str) -> bool:
+        return name not in _NOT_STORED if self._chosen is None else name in self._chosen
+
+
+class Body:
+    """The iterable that the server gets where application code is left to run."""
+
+    __slots__ = ("_ahead", "_blocks", "_iterable", "_recording")
+
+    def __init__(self, recording: Recording, iterable: Iterable[bytes]) -> None:
+        self._recording = recording
+        self._iterable = iterable
+        self._blocks = iter(iterable)
+        self._ahead: deque[bytes] = deque()
+
+    def read_ahead(self) -> Iterator[bytes]:
+        """Return the blocks from the first one; what is read is kept for the server."""
+        yield from tuple(self._ahead)
+        for block in self._blocks:
+            self._ahead.append(block)
+            yield block
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._ahead:
+            return self._ahead.popleft()
+        try:
+            block = next(self._blocks)
+        except StopIteration:
+            self._recording.renew()
+            raise
+        self._recording.renew()
+        return block
+
+    def close(self) -> None:
+        """Close the application's iterable."""
+        close(self._iterable)
+        self._recording.renew()

@@ -1,0 +1,48 @@
+"""The stored response of an earlier request, as the answer to a repeated one."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from ._problem import Problem
+from ._start import is_bodiless
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse
+
+    from ._rows import Found
+
+
+def replay(row: Found, fingerprint: str, start_response: StartResponse) -> list[bytes]:
+    """Respond with the stored response.
+
+    :raises Problem: if there is none, or if it is that of another request.
+    """
+    if row.fingerprint != fingerprint:
+        raise Problem(
+            "422 Unprocessable Content",
+            "key_reused",
+            "This Idempotency-Key was used for a request with another method, path, query or "
+            "body. Use a new key for a new request.",
+        )
+    if row.status is None or row.headers is None:
+        raise Problem(
+            "409 Conflict",
+            "unfinished",
+            "The first request with this Idempotency-Key runs, or failed, after a part of its "
+            "changes was committed. Find out what is missing and request that with a new key.",
+        )
+    if row.body is None:
+        raise Problem(
+            "409 Conflict",
+            "not_stored",
+            "The first request with this Idempotency-Key took effect and was answered with "
+            f"{row.status}, but its response was not stored. Do not repeat it.",
+        )
+    headers: list[tuple[str, str]] = [(name, value) for name, value in json.loads(row.headers)]
+    if not is_bodiless(row.status):
+        headers.append(("Content-Length", str(len(row.body))))
+    headers.append(("Idempotent-Replayed", "true"))
+    start_response(row.status, headers)
+    return [row.body]

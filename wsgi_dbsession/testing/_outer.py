@@ -1,0 +1,128 @@
+"""The outer transaction of an isolation, on its own connection, and its state."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, func, select
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+# PQTRANS_IDLE and PQTRANS_INERROR of libpq, as psycopg and psycopg2 show them, and the status of
+# PostgreSQL's protocol, as pg8000 keeps it.
+_NONE = (0, b"I")
+_ABORTED = (3, b"E")
+
+# Of MySQL's protocol, as PyMySQL keeps it.
+_SERVER_STATUS_IN_TRANS = 1
+
+# Left to itself, sqlite3 begins before the first INSERT, UPDATE or DELETE: a savepoint before that
+# would be a transaction itself. See "Transactions with SQLite and the sqlite3 driver" in
+# SQLAlchemy's documentation. MySQL begins with the first access to a table.
+_BEGIN_LATE = ("sqlite", "mysql", "mariadb")
+
+_SETTING = "wsgi_dbsession.isolation"
+# Where rows are not counted: each savepoint that has written or locked a row has such a lock.
+_ROWS_WRITTEN = """
+    SELECT CASE WHEN current_setting('track_counts') = 'on' THEN (
+        SELECT sum(
+            pg_stat_get_xact_tuples_inserted(oid) + pg_stat_get_xact_tuples_updated(oid)
+            + pg_stat_get_xact_tuples_deleted(oid)
+        )
+        FROM pg_class WHERE relkind IN ('r', 'm', 't')
+    ) ELSE (
+        SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'transactionid'
+    ) END
+"""
+
+
+class OuterTransaction:
+    """A transaction that is never committed."""
+
+    def __init__(self, engine: Engine) -> None:
+        # Without events, so that listeners are called neither for our statements nor for a second
+        # BEGIN.
+        self.connection = Connection(engine, _has_events=False)
+        self._began = False
+
+    def begin(self) -> None:
+        """Begin it."""
+        connection = self.connection
+        self._dialect = connection.dialect.name
+        driver: Any = connection.connection.dbapi_connection
+        self.driver = driver
+        is_sqlite = self._dialect == "sqlite"
+        if not is_sqlite and getattr(self.driver, "autocommit", False) is True:
+            connection.execution_options(isolation_level=connection.default_isolation_level)
+        connection.begin()
+        self._began = self._dialect in _BEGIN_LATE and self.has_ended()
+        if self._began:
+            connection.exec_driver_sql("BEGIN")
+        # A COMMIT keeps this setting and a ROLLBACK undoes it, see was_committed().
+        if is_sqlite:
+            connection.exec_driver_sql("PRAGMA temp.user_version = 1")
+        elif self._dialect == "postgresql":
+            self._token = uuid.uuid4().hex
+            connection.execute(select(func.pg_catalog.set_config(_SETTING, self._token, False)))
+
+    def has_ended(self) -> bool:
+        """Return whether the driver knows of no transaction. False if it cannot tell."""
+        driver = self.driver
+        if (status := _libpq_status(driver)) is not None:
+            return status in _NONE
+        if self._dialect == "sqlite":
+            return not driver.in_transaction
+        server_status = getattr(driver, "server_status", None)
+        return isinstance(server_status, int) and not server_status & _SERVER_STATUS_IN_TRANS
+
+    def is_aborted(self) -> bool:
+        """Return whether PostgreSQL accepts nothing but a rollback, after a failed statement."""
+        return _libpq_status(self.driver) in _ABORTED
+
+    def rows_written(self) -> int | None:
+        """Return a number that grows with each row that is written, or None if there is none."""
+        if self._dialect == "sqlite":
+            written: int = self.driver.total_changes
+            return written
+        if self._dialect == "postgresql":
+            return self.connection.exec_driver_sql(_ROWS_WRITTEN).scalar()
+        return None
+
+    def was_committed(self) -> bool | None:
+        """Return whether the transaction, which has ended, was committed. None if unknown."""
+        with contextlib.suppress(Exception):
+            self.driver.rollback()  # what has been done since
+            if self._dialect == "sqlite":
+                read = self.connection.exec_driver_sql
+                committed = read("PRAGMA temp.user_version").scalar() == 1
+                read("PRAGMA temp.user_version = 0")
+                return committed
+            if self._dialect == "postgresql":
+                setting = func.pg_catalog.current_setting(_SETTING, True)
+                return self.connection.scalar(select(setting)) == self._token
+        return None
+
+    def end(self) -> None:
+        """Roll back, and give the connection back to its pool."""
+        try:
+            if self._began and not self.has_ended():
+                self.connection.exec_driver_sql("ROLLBACK")
+        finally:
+            self.connection.close()
+
+    def discard(self) -> None:
+        """Roll back, and do not let the pool use the connection again."""
+        # In-memory databases of SQLite live as long as their connection.
+        if self._dialect == "sqlite":
+            self.end()
+        else:
+            self.connection.invalidate()
+            self.connection.close()
+
+
+def _libpq_status(driver: Any) -> object:
+    found: object = getattr(getattr(driver, "info", None), "transaction_status", None)
+    return getattr(driver, "_transaction_status", None) if found is None else found

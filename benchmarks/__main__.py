@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import growth, held, overhead, report, scale, throughput
+from benchmarks import growth, held, overhead, replica, report, scale, throughput
 from benchmarks.applications.common import make_engine, prepare_database
 from tests.support import postgres
 
@@ -18,6 +18,7 @@ PARTS: dict[str, Any] = {
     "throughput": throughput,
     "scale": scale,
     "growth": growth,
+    "replica": replica,
 }
 HERE = Path(__file__).parent
 # Ignored by git: what a quick or a partial run writes, and the raw numbers of every run.

@@ -6,7 +6,7 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from ._registry import adopt, observers_of
+from ._registry import adopt, check_routed, observers_of
 from ._scope import Scope
 
 if TYPE_CHECKING:
@@ -33,16 +33,27 @@ class session_scope:  # noqa: N801 - used like contextlib's context managers
         def nightly() -> None: ...
 
     :param registries: the ``scoped_session`` objects to adopt.
+    :param read_only: whether the block only reads, see :attr:`Scope.read_only`. It needs Sessions
+        that are routed by it.
     :param name: how log lines and observers call it; that of the decorated function by default.
     :raises TypeError: a registry is not a ``scoped_session``, or what is decorated would run after
         the block has ended (a generator or coroutine function).
-    :raises ValueError: there is no registry, or its ``scopefunc`` is not :func:`current_scope`.
+    :raises ValueError: there is no registry, its ``scopefunc`` is not :func:`current_scope`, or
+        ``read_only`` is true and its Sessions are not routed.
     """
 
-    def __init__(self, *registries: scoped_session[Any], name: str | None = None) -> None:
+    def __init__(
+        self,
+        *registries: scoped_session[Any],
+        name: str | None = None,
+        read_only: bool | None = None,
+    ) -> None:
         self._registries = registries
         self._adopted = adopt(registries)
+        if read_only:
+            check_routed(self._adopted)
         self._name = name
+        self._read_only = read_only
         self._scope: Scope | None = None
 
     def __enter__(self) -> Scope:
@@ -51,6 +62,7 @@ class session_scope:  # noqa: N801 - used like contextlib's context managers
             raise RuntimeError(msg)
         scope = Scope(None, observers_of(self._adopted), self._name or "session_scope")
         self._scope = scope
+        scope.read_only = self._read_only
         if scope.observers:
             scope.tell("opened")
         scope.enter()
@@ -86,7 +98,7 @@ class session_scope:  # noqa: N801 - used like contextlib's context managers
 
         @functools.wraps(function)
         def in_scope(*args: P.args, **kwargs: P.kwargs) -> R:
-            with session_scope(*self._registries, name=name):
+            with session_scope(*self._registries, name=name, read_only=self._read_only):
                 return function(*args, **kwargs)
 
         return in_scope

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import ExceptionContext, Transaction
     from sqlalchemy.pool import ConnectionPoolEntry
 
+READ_ONLY = "wsgi_dbsession_read_only"
+"""The execution option of an engine whose server refuses all writes."""
+
 _INERROR = 3  # PQTRANS_INERROR of libpq, as psycopg and psycopg2 show it
 
 # Keys of `Connection.info`, which lives as long as the driver's connection does.
@@ -92,6 +95,14 @@ def is_autocommit(connection: Connection) -> bool:
     return getattr(driver, "autocommit", False) is True  # psycopg, psycopg2, pg8000
 
 
+def is_read_only(source: Connection | Engine) -> bool:
+    """Return whether the server refuses all writes of an engine, or of its connection.
+
+    ``wsgi_dbsession.replica`` makes such engines, and marks them with this execution option.
+    """
+    return bool(source.get_execution_options().get(READ_ONLY))
+
+
 def has_written(connection: Connection) -> bool | None:
     """Return whether the connection's transaction has written something, None if unknown.
 
@@ -101,8 +112,11 @@ def has_written(connection: Connection) -> bool | None:
     own = getattr(connection, "has_written", None)
     if own is not None:
         return bool(own())
-    if connection.closed or not connection.in_transaction() or is_autocommit(connection):
+    if connection.closed or not connection.in_transaction():
         return False
+    if is_autocommit(connection):
+        # It keeps what was written; but what a read-only one has refused would be lost.
+        return not connection.invalidated and _is_spoiled(connection)
     if connection.invalidated:
         return None
     driver = _driver_of(connection)
@@ -131,6 +145,18 @@ def spoiler(info: dict[Any, Any], transaction: Transaction) -> BaseException | N
     """
     reference, error = info.get(_SPOILED, _NOTHING)
     return cast("BaseException", error) if reference() is transaction else None
+
+
+def _is_spoiled(connection: Connection) -> bool:
+    transaction = connection.get_transaction()
+    return transaction is not None and spoiler(connection.info, transaction) is not None
+
+
+def spoil(connection: Connection, error: BaseException) -> None:
+    """Keep the connection's transaction from being committed, even if the error is caught."""
+    transaction = connection.get_transaction()
+    if transaction is not None:
+        connection.info[_SPOILED] = (weakref.ref(transaction), error)
 
 
 def passed_through(error: BaseException, prefix: str) -> bool:
@@ -197,7 +223,7 @@ def _on_error(context: ExceptionContext) -> None:
     else:
         spoiled = is_aborted(driver) and not connection.in_nested_transaction()
     if spoiled:
-        connection.info[_SPOILED] = (weakref.ref(transaction), error)
+        spoil(connection, error)
 
 
 def _on_checkout(driver: Any, record: ConnectionPoolEntry, _: object) -> None:

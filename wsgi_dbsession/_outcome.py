@@ -56,6 +56,7 @@ class Unit(Step):
         "failure",
         "observers",
         "outcome",
+        "read_only",
         "reason",
         "sessions",
     )
@@ -76,6 +77,12 @@ class Unit(Step):
     failure: BaseException | None
     """The error of the commit that failed."""
 
+    read_only: bool | None
+    """Whether the scope only reads, for Sessions that are routed by it; None if it did not say.
+
+    See :mod:`wsgi_dbsession.replica`. It counts for the transactions that begin afterwards.
+    """
+
     sessions: dict[ScopedRegistry[Session], Session]
     """The Sessions that were asked for, by the registry that keeps them here."""
 
@@ -92,7 +99,7 @@ class Unit(Step):
         self.environ = environ
         self.observers = observers
         self.sessions = {}
-        self.outcome = self.reason = self.failure = self.context = None
+        self.outcome = self.reason = self.failure = self.context = self.read_only = None
         self._name = name
         self._info: dict[str, Any] | None = None
         self._word: Literal["doomed", "kept"] | None = None

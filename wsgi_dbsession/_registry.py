@@ -163,6 +163,23 @@ def _after_rollback(session: AdoptedSession, transaction: SessionTransaction) ->
         session.dbsession_flushed = False
 
 
+def check_routed(registries: Iterable[SessionRegistry]) -> None:
+    """Check that the Sessions of these registries read where nothing can be written.
+
+    :raises ValueError: a Session class has no attribute ``dbsession_routed``, by which a class
+        says that its ``get_bind()`` asks for ``Scope.read_only``.
+    """
+    for registry in registries:
+        factory: Any = registry.createfunc
+        if not hasattr(factory.class_, "dbsession_routed"):
+            msg = (
+                f"read_only must be False for {factory.class_.__name__}, got True. Make its class "
+                "by session_class() or Replicas of wsgi_dbsession.replica, or nothing would "
+                "refuse writes"
+            )
+            raise ValueError(msg)
+
+
 def observers_of(registries: Iterable[SessionRegistry]) -> tuple[Observer, ...]:
     """Return those who look on at these registries."""
     found: tuple[Observer, ...] = ()

@@ -78,7 +78,10 @@ def has_written(session: Session) -> bool | None:
 
 def is_autocommit(session: Session) -> bool:
     """Return whether what a Session wrote stays, whatever the outcome is."""
-    return any(_driver.is_autocommit(connection) for connection, _ in connections(session))
+    return any(
+        _driver.is_autocommit(connection) and not _driver.is_read_only(connection)
+        for connection, _ in connections(session)
+    )
 
 
 def is_inherited(session: Session) -> bool:

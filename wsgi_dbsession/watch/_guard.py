@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
-    from ._holder import Hold
     from ._here import thread_frames
+    from ._holder import Hold
 from ._line import Line
 
 # A thread that found nothing to look at so many times ends; the next connection starts another.

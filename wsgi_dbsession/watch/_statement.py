@@ -7,12 +7,45 @@ import re
 _FIRST_WORD = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*([A-Za-z]+)", re.DOTALL)
 _DML = re.compile(r"\b(?:insert|update|delete|merge)\b", re.IGNORECASE)
 _READS = frozenset(
-    "select show explain values table pragma set begin start savepoint release rollback commit "
-    "declare fetch close describe desc use listen".split()
+    [
+        "select",
+        "show",
+        "explain",
+        "values",
+        "table",
+        "pragma",
+        "set",
+        "begin",
+        "start",
+        "savepoint",
+        "release",
+        "rollback",
+        "commit",
+        "declare",
+        "fetch",
+        "close",
+        "describe",
+        "desc",
+        "use",
+        "listen",
+    ]
 )
 _WRITES = frozenset(
-    "insert update delete merge replace create alter drop truncate grant revoke comment "
-    "rename".split()
+    [
+        "insert",
+        "update",
+        "delete",
+        "merge",
+        "replace",
+        "create",
+        "alter",
+        "drop",
+        "truncate",
+        "grant",
+        "revoke",
+        "comment",
+        "rename",
+    ]
 )
 _MOST = 500
 _LONGEST = 2000

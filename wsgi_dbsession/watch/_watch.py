@@ -61,9 +61,7 @@ class Watch(Observer):
     :raises ValueError: there is no registry, or ``warn_after`` is not positive.
     """
 
-    def __init__(
-        self, *registries: scoped_session[Any], warn_after: float | None = None
-    ) -> None:
+    def __init__(self, *registries: scoped_session[Any], warn_after: float | None = None) -> None:
         _check(registries, warn_after)
         self.warn_after = warn_after
         self._account = Account(f"wsgi_dbsession.watch {id(self):#x}")
@@ -211,7 +209,9 @@ def _check(registries: tuple[scoped_session[Any], ...], warn_after: object) -> N
         if not (
             issubclass(kind, scoped_session) and isinstance(registry.session_factory, sessionmaker)
         ):
-            msg = f"registries must be scoped_session objects, got {registry!r}. Make it by `{fix}`"
+            msg = (
+                f"registries must be scoped_session objects, got {registry!r}. Make it by `{fix}`"
+            )
             raise TypeError(msg)
     if warn_after is None:
         return

@@ -1,0 +1,166 @@
+"""A write on a replica runs again on the primary, or is a clear error."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import DBAPIError
+
+from tests.replica.application import PORT, Client
+from tests.replica.site import Site, behind, retrying, write
+from tests.replica.tables import Note
+from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
+from wsgi_dbsession.replica import is_refused_write
+from wsgi_dbsession.retry import RetryMiddleware
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+
+pytestmark = pytest.mark.xdist_group("replica")
+
+
+def test_a_get_that_writes_runs_again_on_the_primary(site: Site) -> None:
+    """Nobody notices, and the client gets a cookie."""
+    client = retrying(site, visit=write(site))
+    with behind(*site.cluster.standbys):
+        assert client.get("/visit") == str(site.cluster.primary.port)
+        assert client.cookies
+        assert client.get() == f"1 on {site.cluster.primary.port}"
+
+
+def test_a_get_that_writes_runs_again_after_an_error_page(site: Site) -> None:
+    """Frameworks turn the error into one."""
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            body = str(write(site)()).encode()
+            start_response("200 OK", [("Content-Type", "text/plain")])
+        except DBAPIError:
+            start_response("500 Internal Server Error", [("Content-Type", "text/plain")])
+            body = b""
+        return [body]
+
+    client = Client(
+        site.replicas.wrap(RetryMiddleware(SessionMiddleware(app, site.registry), backoff=0))
+    )
+
+    assert client.get("/visit") == str(site.cluster.primary.port)
+
+
+def test_a_get_that_swallows_its_refused_write_runs_again(site: Site) -> None:
+    """The commit is refused, and that is retried."""
+
+    def view() -> object:
+        with contextlib.suppress(DBAPIError):
+            write(site)()
+        return ""
+
+    client = retrying(site, visit=view)
+    client.get("/visit")
+
+    assert client.errors == []
+    assert site.cluster.primary.value("SELECT count(*) FROM note") == 1
+
+
+def test_without_retry_the_error_is_clear(site: Site) -> None:
+    """It names what the application can do."""
+    client = site.client(visit=write(site))
+
+    assert client.get("/visit") == ""
+    (error,) = client.errors
+    assert is_refused_write(error)
+    assert "current_scope().read_only = False" in "".join(getattr(error, "__notes__", ()))
+
+
+def test_a_refusal_elsewhere_is_not_retried(site: Site) -> None:
+    """A transaction of the primary that the application made read-only is its own business."""
+    attempts: list[int] = []
+
+    def view() -> None:
+        current_scope().read_only = False
+        attempts.append(1)
+        site.registry.execute(text("SET TRANSACTION READ ONLY"))
+        site.registry.execute(text("INSERT INTO note (text) VALUES ('x')"))
+
+    client = retrying(site, visit=view)
+    client.get("/visit")
+
+    assert attempts == [1]
+    assert is_refused_write(client.errors[0])
+
+
+def test_a_refusal_on_the_primary_is_final(site: Site) -> None:
+    """A further attempt is not on a replica, so there is nothing to gain by another one."""
+    attempts: list[int] = []
+
+    def view() -> None:
+        attempts.append(1)
+        if len(attempts) > 1:
+            site.registry.execute(text("SET TRANSACTION READ ONLY"))
+        site.registry.execute(text("INSERT INTO note (text) VALUES ('x')"))
+
+    client = retrying(site, visit=view)
+    client.get("/visit")
+
+    assert len(attempts) == 2
+    assert is_refused_write(client.errors[0])
+
+
+def test_other_errors_are_not_retried(site: Site) -> None:
+    """A replica's error is no reason by itself."""
+    attempts: list[int] = []
+
+    def view() -> None:
+        attempts.append(1)
+        site.registry.execute(text("SELECT nothing"))
+
+    retrying(site, visit=view).get("/visit")
+
+    assert attempts == [1]
+
+
+def test_a_block_that_reads_writes_nowhere(site: Site) -> None:
+    """Not even where the request is at its second attempt, and the primary takes its place."""
+    found: list[bool] = []
+
+    def view() -> object:
+        try:
+            with session_scope(site.registry, read_only=True):
+                write(site)()
+        except DBAPIError as error:
+            found.append(is_refused_write(error))
+        return write(site)()
+
+    client = retrying(site, visit=view)
+
+    assert client.get("/visit") == str(site.cluster.primary.port)
+    assert found == [True, True]
+    assert site.cluster.primary.value("SELECT count(*) FROM note") == 1
+
+
+def test_a_block_that_reads_sees_what_its_request_has_committed(site: Site) -> None:
+    """The position of this request counts before its client has it."""
+
+    def view() -> object:
+        site.registry.add(Note(text="x"))
+        site.registry.commit()
+        with session_scope(site.registry, read_only=True):
+            return site.registry.scalar(select(func.count()).select_from(Note))
+
+    client = site.client(visit=view)
+    with behind(*site.cluster.standbys):
+        assert client.post("/visit") == "1"
+
+
+def test_a_block_that_reads_outside_of_requests_uses_a_replica(site: Site) -> None:
+    """It has no client, so it may see what is old: that is what it asks for."""
+    with session_scope(site.registry, read_only=True):
+        assert str(site.registry.scalar(PORT)) in site.ports
+    with session_scope(site.registry):
+        assert str(site.registry.scalar(PORT)) not in site.ports

@@ -1,0 +1,306 @@
+"""Reads on replicas that never miss what their client has written."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+
+from wsgi_dbsession._driver import is_autocommit, is_read_only
+from wsgi_dbsession._report import log
+from wsgi_dbsession._scope import find_scope, scopes
+
+from ._commit import Commit
+from ._position import NOWHERE, START, Cookies, Position
+from ._read_only import is_refused_write
+from ._routing import Router, has_safe_method, is_retried
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from _typeshed import OptExcInfo
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Session
+    from sqlalchemy.pool import PoolProxiedConnection
+
+# A position that this connection's server had replayed. It counts for the connection only: a
+# server that has crashed may come back behind itself, and an address may lead to another server.
+_REPLAYED = "wsgi_dbsession.replayed"
+
+# The timeline of the WAL that arrives is shown to roles with pg_read_all_stats. That of the last
+# restartpoint is shown to all; it is what the server has surely reached.
+_WHERE = """SELECT pg_last_wal_replay_lsn()::text, coalesce(
+ (SELECT received_tli FROM pg_stat_wal_receiver),
+ (SELECT timeline_id FROM pg_control_checkpoint()))"""
+
+
+class Replicas:
+    """Safe requests read from replicas, which have what their client has written before.
+
+    ::
+
+        replicas = Replicas(primary, [replica1, replica2], secret=...)
+        Session = scoped_session(sessionmaker(class_=replicas.Session), scopefunc=current_scope)
+        app = replicas.wrap(RetryMiddleware(SessionMiddleware(app, Session)))
+
+    After a COMMIT, the client gets a cookie with the position in the write-ahead log. A safe
+    request that carries it reads from a replica which has replayed the log up to there, and
+    otherwise from the primary.
+
+    :param primary: the engine that writes: PostgreSQL 13 or later with psycopg, psycopg2 or
+        pg8000.
+    :param replicas: the engines of its streaming replicas, such as :func:`read_only_engine` makes.
+        No pooler goes between.
+    :param secret: the key of the cookie's signature, at least 16 bytes, the same in all processes.
+    :param cookie: how the names of the cookies begin.
+    :param max_age: how many seconds a client keeps a cookie. A replica that is further behind
+        shows old data to it afterwards.
+    :param secure: whether clients send the cookie over HTTPS only.
+    :param when: called with a request's environ, returns whether it only reads.
+    :param pause: for how many seconds a replica is not tried after it was unreachable.
+    :raises TypeError: an engine is not an ``Engine``, or ``when`` is not callable.
+    :raises ValueError: there is no replica, the primary is not supported, or another argument is
+        out of range.
+    """
+
+    def __init__(
+        self,
+        primary: Engine,
+        replicas: Sequence[Engine],
+        *,
+        secret: str | bytes,
+        cookie: str = "dbpos",
+        max_age: int = 600,
+        secure: bool = False,
+        when: Callable[[WSGIEnvironment], bool] = has_safe_method,
+        pause: float = 5.0,
+    ) -> None:
+        for engine in (primary, *replicas):
+            kind: type = type(engine)  # of which the annotation knows only what it should be
+            if not issubclass(kind, Engine):
+                msg = f"primary and replicas must be engines, got {engine!r}. Use create_engine()."
+                raise TypeError(msg)
+        if not replicas:
+            msg = "replicas must have at least one engine, got none"
+            raise ValueError(msg)
+        if pause < 0:
+            msg = f"pause must be at least 0 seconds, got {pause!r}"
+            raise ValueError(msg)
+        self._cookies = Cookies(cookie, secret, max_age, secure=secure)
+        self._key = f"wsgi_dbsession.replica.{cookie}"
+        self._replicas = [_Replica(engine, pause) for engine in replicas]
+        self._turn = itertools.count()
+        self._refused: weakref.WeakSet[Exception] = weakref.WeakSet()
+        self._primary = primary
+        self._router = Router(primary, self._connect, when)
+        self.Session: type[Session] = self._router.session_class()
+        """The class of Sessions that read from replicas: ``sessionmaker(class_=...)``."""
+        self._listen(Commit(primary))
+
+    def wrap(self, app: WSGIApplication) -> WSGIApplication:
+        """Return the application with the cookie. RetryMiddleware goes inside.
+
+        :param app: a :class:`SessionMiddleware`, or what is around it.
+        """
+        inner: Any = app
+        while inner is not None:
+            if hasattr(inner, "retry_on"):
+                inner.retry_on(self._is_refused_write)
+            inner = getattr(inner, "app", None)
+
+        def application(
+            environ: WSGIEnvironment, start_response: StartResponse
+        ) -> Iterable[bytes]:
+            request = environ[self._key] = _Request(self._cookies, environ)
+            return app(environ, request.start(start_response))
+
+        return application
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def _connect(self, *, required: bool) -> Connection | None:
+        requests = self._requests()
+        if not requests and any(scope.environ is not None for scope in scopes()):
+            msg = (
+                "the application is not wrapped, so its clients do not get the cookie. Write "
+                "app = replicas.wrap(SessionMiddleware(app, Session))"
+            )
+            raise RuntimeError(msg)
+        # What came of a replica the first time is not asked for again.
+        connection = None if is_retried() else self._read(requests)
+        if connection is None and required:
+            return self._primary.connect().execution_options(postgresql_readonly=True)
+        return connection
+
+    def _read(self, requests: list[_Request]) -> Connection | None:
+        """Return a connection to a replica that is far enough, or None."""
+        needed = START
+        for request in requests:
+            needed = needed.join(request.position())
+        if needed == NOWHERE:
+            return None
+        first = next(self._turn)
+        for number in range(len(self._replicas)):
+            replica = self._replicas[(first + number) % len(self._replicas)]
+            connection = replica.connect()
+            if connection is not None:
+                # The primary at once if it is behind: to wait costs more than it saves.
+                return connection if replica.covers(connection, needed) else None
+        return None
+
+    def _is_refused_write(self, error: Exception) -> bool:
+        """Return whether a replica refused a write of a request that may run on the primary."""
+        if not is_refused_write(error):
+            return False
+        # Asked when the error comes, and again when the request is over.
+        if self._router.reads(find_scope()) is None and not is_retried():
+            self._refused.add(error)
+        return error in self._refused
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    def _requests(self) -> list[_Request]:
+        """Return the requests that are in force, from the innermost outwards."""
+        environs = [scope.environ for scope in scopes()]
+        return [environ[self._key] for environ in environs if environ and self._key in environ]
+
+    def _note(self, position: Position | None) -> None:
+        if position is not None:
+            for request in self._requests():
+                request.note(position)
+
+    def _listen(self, commit: Commit) -> None:
+        """Learn of each COMMIT on the primary, whoever sends it.
+
+        There is no event after it, and before it the position is not known. Methods of a dialect
+        are there to be replaced in subclasses; an engine that exists has an object.
+        """
+        dialect: Any = self._primary.dialect
+        usual, usual_twophase = dialect.do_commit, dialect.do_commit_twophase
+
+        # The core looks for these names in tracebacks.
+        def do_commit(connection: PoolProxiedConnection) -> None:
+            if self._requests():
+                driver = connection.dbapi_connection
+                self._note(commit(driver, functools.partial(usual, connection)))
+            else:
+                usual(connection)
+
+        def do_commit_twophase(connection: Connection, *args: Any, **options: Any) -> None:
+            usual_twophase(connection, *args, **options)
+            self._note(NOWHERE)
+
+        dialect.do_commit, dialect.do_commit_twophase = do_commit, do_commit_twophase
+
+
+class _Replica:
+    """One replica, and whether it is worth a try."""
+
+    __slots__ = ("_engine", "_pause", "_until")
+
+    def __init__(self, engine: Engine, pause: float) -> None:
+        self._engine = engine
+        self._pause = pause
+        self._until = 0.0
+
+    def connect(self) -> Connection | None:
+        """Return a connection on which nothing can be written, or None if that fails."""
+        if time.monotonic() < self._until:
+            return None
+        connection: Connection | None = None
+        try:
+            connection = self._engine.connect()
+            if is_read_only(connection):
+                return connection
+            # It may be promoted while it is in use.
+            connection = connection.execution_options(postgresql_readonly=True)
+        except (DBAPIError, OSError) as error:
+            self._fail(connection, error)
+            return None
+        if is_autocommit(connection):
+            connection.close()
+            msg = (
+                f"a replica at AUTOCOMMIT must be made by read_only_engine(), got {self._engine!r}"
+                ", which would execute writes if it was promoted. Pass read_only_engine(engine)."
+            )
+            raise RuntimeError(msg)
+        return connection
+
+    def covers(self, connection: Connection, needed: Position) -> bool:
+        """Return whether the server of this connection has replayed the log up to there.
+
+        :return: if not, the connection is closed.
+        """
+        info = connection.info
+        if info.get(_REPLAYED, START).covers(needed):
+            return True
+        try:
+            lsn, timeline = connection.exec_driver_sql(_WHERE).one()
+            # Not in the transaction that follows: its snapshot could be older than the answer.
+            connection.rollback()
+        except (DBAPIError, OSError) as error:
+            self._fail(connection, error)
+            return False
+        if lsn is not None and timeline is not None:
+            position = info[_REPLAYED] = Position.read(timeline, lsn)
+            if position.covers(needed):
+                return True
+        connection.close()
+        return False
+
+    def _fail(self, connection: Connection | None, error: BaseException) -> None:
+        self._until = time.monotonic() + self._pause
+        url, original = self._engine.url.render_as_string(), getattr(error, "orig", error)
+        reason = " ".join(str(original).split())
+        message = "not reading from replica %s for %.1f s: %s"
+        log.warning(message, url, self._pause, reason, extra={"replica": url})
+        if connection is not None:
+            connection.close()
+
+
+class _Request:
+    """What one request has to see, and what it has written."""
+
+    __slots__ = ("_cookies", "_header", "_needed", "_written")
+
+    def __init__(self, cookies: Cookies, environ: WSGIEnvironment) -> None:
+        self._cookies = cookies
+        self._header: str = environ.get("HTTP_COOKIE", "")
+        self._needed: Position | None = None
+        self._written: Position | None = None
+
+    def position(self) -> Position:
+        """Return the position that a replica must have replayed."""
+        if self._needed is None:
+            self._needed = self._cookies.position(self._header) if self._header else START
+        return self._needed if self._written is None else self._needed.join(self._written)
+
+    def note(self, position: Position) -> None:
+        """Record that the database is here after a COMMIT of this request."""
+        self._written = position if self._written is None else self._written.join(position)
+
+    def start(self, start_response: StartResponse) -> StartResponse:
+        """Return a ``start_response`` that adds the cookie.
+
+        SessionMiddleware holds the start until the outcome, unless a block has to be sent before.
+        """
+
+        def start(
+            status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
+        ) -> Callable[[bytes], object]:
+            if self._written is not None:
+                headers = [*headers, *self._cookies.headers(self._written, self._header)]
+            if exc_info is None:
+                return start_response(status, headers)
+            try:
+                return start_response(status, headers, exc_info)
+            finally:
+                exc_info = None  # a traceback that refers to this frame is a cycle
+
+        return start

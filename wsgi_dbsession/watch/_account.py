@@ -13,8 +13,9 @@ from datetime import datetime, timezone
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from .._report import add_note, log
-from .._scope import find_scope
+from wsgi_dbsession._report import add_note, log
+from wsgi_dbsession._scope import find_scope
+
 from ._here import find_here, thread_frames
 from ._holder import Hold, Spot, Work
 from ._line import LineFinder, show_line
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from sqlalchemy import exc
     from sqlalchemy.pool import PoolProxiedConnection
 
-    from .._scope import Scope
+    from wsgi_dbsession._scope import Scope
+
     from ._guard import Guard
     from ._here import Here
     from ._holder import AnyPool, Ended, Place

@@ -7,7 +7,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from .._report import log
+from wsgi_dbsession._report import log
+
 from ._here import thread_frames
 from ._line import show_line
 from ._show import is_stream, state_of, where
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
-    from ._here import thread_frames
     from ._holder import Hold
 from ._line import Line
 

@@ -13,11 +13,13 @@ from datetime import datetime, timezone
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from .._report import describe
+from wsgi_dbsession._report import describe
+
 from ._line import show_line
 
 if TYPE_CHECKING:
-    from .._scope import Scope
+    from wsgi_dbsession._scope import Scope
+
     from ._here import Here
     from ._line import Line
 

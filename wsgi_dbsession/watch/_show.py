@@ -6,7 +6,8 @@ from datetime import datetime, timedelta, timezone
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from .._response import Response
+from wsgi_dbsession._response import Response
+
 from ._here import frame_of, name_of, thread_frames, thread_names
 from ._holder import Holder, Waiter
 from ._line import SQLALCHEMY, LineFinder, kind_of, show_line

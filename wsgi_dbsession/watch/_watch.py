@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy import event
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from .._scope import Observer
+from wsgi_dbsession._scope import Observer
+
 from ._account import Account
 from ._board import Board, allow_loopback
 from ._guard import Guard
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
     from sqlalchemy.orm import Session, SessionTransaction
 
-    from .._scope import Scope
+    from wsgi_dbsession._scope import Scope
+
     from ._holder import Holder, Place, PoolUse, Waiter
 
 F = TypeVar("F", bound="Callable[[Ended], object]")

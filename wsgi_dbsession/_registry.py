@@ -7,6 +7,7 @@ it, so there is no process-wide dictionary, and a scope that is dropped takes it
 from __future__ import annotations
 
 import itertools
+import os
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,7 @@ class SessionRegistry(ScopedRegistry[Session]):
 
     def _keep(self, scope: Scope, session: Session) -> None:
         session.dbsession_discard = scope.discarded  # type: ignore[attr-defined]
+        session.dbsession_pid = os.getpid()  # type: ignore[attr-defined]
         scope.sessions[self] = session
         if not scope.in_step:
             # Its step ended in another thread while the Session was being made.

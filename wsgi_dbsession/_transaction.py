@@ -6,6 +6,7 @@ This floor knows SQLAlchemy only.
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import exc
@@ -33,6 +34,7 @@ class AdoptedSession(Session):
     """A Session that reports what a ``close()`` discards; mixed into the application's class."""
 
     dbsession_discard: Callable[[Session], None] | None = None  # while a scope has it
+    dbsession_pid: int | None = None  # of the process that made it
     dbsession_flushed = False  # something, in the transaction that runs
     dbsession_committed = False  # by the commit that runs
 
@@ -85,12 +87,9 @@ def is_autocommit(session: Session) -> bool:
 
 
 def is_inherited(session: Session) -> bool:
-    """Return whether a connection of this Session is the parent process's, see ``_fork``."""
-    for connection, _ in connections(session):
-        open_ = not (connection.closed or connection.invalidated)
-        if open_ and connection.connection.dbapi_connection is None:
-            return True
-    return False
+    """Return whether this Session was made by the parent process, see ``_fork``."""
+    made_by = getattr(session, "dbsession_pid", None)
+    return made_by is not None and made_by != os.getpid()
 
 
 class Commit:

@@ -57,6 +57,7 @@ def test_a_response_that_was_not_closed_is_reported(
     assert database.notes() == []
 
 
+@pytest.mark.filterwarnings("ignore:.*dropped without close:ResourceWarning")
 def test_a_response_that_nobody_has_any_more_is_no_leak(registry: Registry) -> None:
     """Also if it lies in a cycle that waits for the collector."""
     with isolate(registry) as outcomes:
@@ -72,6 +73,7 @@ def test_a_response_that_nobody_has_any_more_is_no_leak(registry: Registry) -> N
     assert outcomes[0].reason == "incomplete"
 
 
+@pytest.mark.filterwarnings("ignore:.*dropped without close:ResourceWarning")
 @pytest.mark.parametrize("savepoint", [False, True], ids=["plain", "in a savepoint"])
 def test_a_response_may_be_collected_in_the_midst_of_a_statement(
     tmp_path: Path, savepoint: bool
@@ -103,6 +105,7 @@ def test_a_response_may_be_collected_in_the_midst_of_a_statement(
     engine.dispose()
 
 
+@pytest.mark.filterwarnings("ignore:.*dropped without close:ResourceWarning")
 @pytest.mark.parametrize("savepoint", [False, True], ids=["plain", "in a savepoint"])
 def test_a_response_may_be_collected_while_psycopg_holds_its_lock(
     postgres_database: Database, savepoint: bool

@@ -21,19 +21,13 @@ if TYPE_CHECKING:
 class Recorded:
     """One scope, as a test sees it: ``assert outcomes[-1].reason == "veto"``."""
 
-    __slots__ = ("ended", "hooks", "name", "opened", "outcome", "reason", "scope", "settled")
+    __slots__ = ("ended", "hooks", "name", "opened", "scope", "settled")
 
     name: str
     """``"POST /notes"`` for a request, ``"session_scope"`` for a block."""
 
     opened: str
     """The line that opened it: of the test or the application, not of a library."""
-
-    outcome: Outcome | None
-    """What became of its work: None while that is undecided, or if no Session was asked for."""
-
-    reason: Reason | None
-    """Why: see ``Scope.reason``."""
 
     settled: list[tuple[Outcome, Reason]]
     """Each outcome in order: what works on after the first one has a second one.
@@ -53,12 +47,27 @@ class Recorded:
     def __init__(self, scope: Scope) -> None:
         self.name = scope.name
         self.opened = application_line()
-        self.outcome = None
-        self.reason = None
         self.settled = []
         self.hooks = []
         self.ended = False
         self.scope = scope
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """The outcome: None while it is undecided, or if no Session was asked for."""
+        return self._first()[0]
+
+    @property
+    def reason(self) -> Reason | None:
+        """The reason for it, see ``Scope.reason``."""
+        return self._first()[1]
+
+    def _first(self) -> tuple[Outcome | None, Reason | None]:
+        if self.settled:
+            return self.settled[0]
+        # A response that was dropped has an outcome, but its finalizer tells no observer.
+        scope = self.scope
+        return (None, None) if scope is None else (scope.outcome, scope.reason)
 
     def __repr__(self) -> str:
         if self.outcome is not None:
@@ -86,7 +95,6 @@ class _Recorder(Observer):
         assert scope.outcome is not None
         assert scope.reason is not None
         record.settled.append((scope.outcome, scope.reason))
-        record.outcome, record.reason = record.settled[0]
 
     def closed(self, scope: Scope) -> None:
         record = self._find(scope)

@@ -79,6 +79,7 @@ PLAIN = frozenset(
         "CommitVeto",
         "Headers",
         "Moment",
+        "On",
         "Outcome",
         "P",
         "Reason",

@@ -204,6 +204,24 @@ def test_a_choice_that_fails_replaces_no_error(
     assert isinstance(records[0].exc_info[1], LookupError)
 
 
+def test_a_middleware_around_may_choose_more_errors(plain: scoped_session[Session]) -> None:
+    """It adds to the choice of the application."""
+    errors: list[Exception] = []
+
+    def work() -> None:
+        errors.append([AppError(), _SpecialError(), LookupError()][len(errors)])
+        raise errors[-1]
+
+    app = protect(list_app(work), plain, on=AppError)
+    app.retry_on(StaleDataError)
+    with pytest.raises(TypeError, match="on must be an exception class"):
+        app.retry_on("40001")
+
+    with pytest.raises(LookupError):
+        drive(app, "POST")
+    assert len(errors) == 3
+
+
 def test_an_interruption_is_not_asked_for_its_cause(plain: scoped_session[Session]) -> None:
     """A function gets what it can mean: an ``Exception``."""
     asked: list[Exception] = []

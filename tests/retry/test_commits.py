@@ -327,6 +327,21 @@ def test_reading_at_autocommit_where_nothing_can_be_written_is_no_obstacle(
     engine.dispose()
 
 
+def test_an_engine_that_is_marked_as_read_only_is_no_obstacle(
+    sqlite_database: Database,
+) -> None:
+    """Of any database: whoever made it answers for that."""
+    replica = make_engine(sqlite_database.url, isolation_level="AUTOCOMMIT")
+    registry = make_registry(replica.execution_options(wsgi_dbsession_read_only=True))
+
+    def work() -> None:
+        registry.execute(text("SELECT * FROM note"))
+        registry.commit()
+
+    assert run(registry, work) == 3
+    replica.dispose()
+
+
 def test_an_error_elsewhere_does_not_make_a_read_at_autocommit_an_obstacle(
     engine: Engine, postgres_database: Database
 ) -> None:

@@ -19,7 +19,7 @@ from ._codes import (
     is_lost_connection,
     is_refusal,
 )
-from ._drivers import autocommits, is_read_only, is_standby
+from ._drivers import autocommits, is_marked_read_only, is_read_only, is_standby
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -239,7 +239,7 @@ class Attempt:
 
     def _see_autocommit(self, connection: Connection) -> None:
         """Record that statements commit by themselves, if they do."""
-        if connection.closed or connection.invalidated:
+        if connection.closed or connection.invalidated or is_marked_read_only(connection):
             return
         driver = connection.connection.dbapi_connection
         if not (is_autocommit(connection) or autocommits(driver)):

@@ -53,7 +53,7 @@ def run_transaction(
     :raises ValueError: see :class:`session_scope` and :class:`RetryMiddleware`.
     :raises BaseException: what the last attempt raised.
     """
-    policy = Policy(attempts, backoff, backoff_max, timeout, on, retry_connect).check()
+    policy = Policy(attempts, backoff, backoff_max, timeout, (on,), retry_connect).check()
     call = _Call(policy, function)
     block = session_scope(*registries, name=call.describe())
     block(function)  # refuses what it could not run inside of the block

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+# The execution option of engines whose server refuses all writes, whatever the database.
+_READ_ONLY = "wsgi_dbsession_read_only"
+
+
+def is_marked_read_only(connection: Connection) -> bool:
+    """Return whether the connection's engine is marked as one that cannot write."""
+    return bool(connection.get_execution_options().get(_READ_ONLY))
 
 
 def autocommits(driver: Any) -> bool:

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
 from ._attempt import attempts
+from ._drivers import is_marked_read_only
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
@@ -47,11 +48,10 @@ def _on_checkout(_: object, __: ConnectionPoolEntry, proxy: PoolProxiedConnectio
 
 def _on_begin(session: Session, _: SessionTransaction, connection: Connection) -> None:
     found = attempts()
-    if found:
-        if connection.dialect not in _watched:
-            _watch(connection.dialect)
-        for attempt in found:
-            attempt.begin(session, connection)
+    if found and connection.dialect not in _watched and not is_marked_read_only(connection):
+        _watch(connection.dialect)
+    for attempt in found:
+        attempt.begin(session, connection)
 
 
 def _on_commit(session: Session) -> None:

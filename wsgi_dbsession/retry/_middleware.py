@@ -78,10 +78,20 @@ class RetryMiddleware:
         check_not_negative("max_body", max_body, "bytes")
         self.app = app
         self._max_body = max_body
-        self._policy = Policy(attempts, backoff, backoff_max, timeout, on, retry_connect).check()
+        self._policy = Policy(
+            attempts, backoff, backoff_max, timeout, (on,), retry_connect
+        ).check()
         if OBSERVER not in app.observers:
             app.observers += (OBSERVER,)
         listen()
+
+    def retry_on(self, on: On) -> None:
+        """Retry more errors: for a middleware around this one, which causes errors of its own.
+
+        :param on: see :class:`RetryMiddleware`.
+        :raises TypeError: it is neither exception classes nor callable.
+        """
+        self._policy = self._policy._replace(on=(*self._policy.on, on)).check()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Handle one request."""

@@ -28,7 +28,7 @@ class Policy(NamedTuple):
     backoff: float
     backoff_max: float
     timeout: float
-    on: On
+    on: tuple[On, ...]
     retry_connect: bool
 
     def check(self) -> Policy:
@@ -42,12 +42,13 @@ class Policy(NamedTuple):
             raise ValueError(msg)
         for name in ("backoff", "backoff_max", "timeout"):
             check_not_negative(name, getattr(self, name), "seconds")
-        if not _is_choice(self.on):
-            msg = (
-                "on must be an exception class, a tuple of them, or callable, got "
-                f"{self.on!r}. Pass, for example, on=StaleDataError"
-            )
-            raise TypeError(msg)
+        for on in self.on:
+            if not _is_choice(on):
+                msg = (
+                    "on must be an exception class, a tuple of them, or callable, got "
+                    f"{on!r}. Pass, for example, on=StaleDataError"
+                )
+                raise TypeError(msg)
         return self
 
     def find(self, error: BaseException) -> str | None:
@@ -58,14 +59,17 @@ class Policy(NamedTuple):
         return None
 
     def _chooses(self, error: Exception) -> bool:
-        on = self.on
-        if isinstance(on, (type, tuple)):
-            return isinstance(error, on)
-        try:
-            return bool(on(error))
-        except Exception:
-            log.exception("ignoring on=%r, which failed for %s", on, describe_error(error))
-            return False
+        return any(_matches(on, error) for on in self.on)
+
+
+def _matches(on: On, error: Exception) -> bool:
+    if isinstance(on, (type, tuple)):
+        return isinstance(error, on)
+    try:
+        return bool(on(error))
+    except Exception:
+        log.exception("ignoring on=%r, which failed for %s", on, describe_error(error))
+        return False
 
 
 def _is_choice(on: object) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import growth, held, overhead, replica, report, scale, throughput
-from benchmarks.applications import make_engine, prepare_database
+from benchmarks.applications.common import make_engine, prepare_database
 from tests.support import postgres
 
 PARTS: dict[str, Any] = {

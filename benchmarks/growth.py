@@ -7,7 +7,15 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import chart, report
-from benchmarks.applications import NONE, OURS, PLAIN, SIZED, blocks, make_engine, our_registry
+from benchmarks.applications.common import (
+    NONE,
+    OURS,
+    PLAIN,
+    SIZED,
+    blocks,
+    make_engine,
+    our_registry,
+)
 from benchmarks.timing import difference, interleave, serve
 from wsgi_dbsession import SessionMiddleware
 

@@ -6,7 +6,8 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import chart, report, servers
-from benchmarks.applications import APPLICATIONS, BY_HAND, NONE, OURS, VARIANTS
+from benchmarks.applications.common import BY_HAND, NONE, OURS
+from benchmarks.applications.every import APPLICATIONS, VARIANTS
 from benchmarks.load import own_load, slow_readers
 
 if TYPE_CHECKING:

@@ -21,14 +21,8 @@ from typing import Any
 from sqlalchemy.orm import configure_mappers
 
 from benchmarks import report
-from benchmarks.applications import (
-    APPLICATIONS,
-    BY_HAND,
-    NONE,
-    OURS,
-    make_application,
-    make_engine,
-)
+from benchmarks.applications.common import BY_HAND, NONE, OURS, make_engine
+from benchmarks.applications.every import APPLICATIONS, make_application
 from benchmarks.timing import fetch, serve
 
 PATHS = {"no Session used": "/", "SELECT": "/select", "INSERT, COMMIT": "/insert"}

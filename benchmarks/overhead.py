@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import statistics
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import chart, instructions, report
-from benchmarks.applications import (
-    APPLICATIONS,
-    BY_HAND,
-    NONE,
-    OURS,
-    make_application,
-    make_engine,
-)
+from benchmarks.applications.common import BY_HAND, NONE, OURS, make_engine
+from benchmarks.applications.every import APPLICATIONS, make_application
 from benchmarks.timing import check, difference, interleave, ratio, serve
 from wsgi_dbsession import SessionMiddleware
 from wsgi_dbsession.retry import RetryMiddleware
@@ -63,7 +58,9 @@ def measure(urls: dict[str, str], *, quick: bool) -> dict[str, Any]:
                     if framework == "bare WSGI":
                         ours = applications[OURS]
                         assert isinstance(ours, SessionMiddleware)
-                        calls[RETRY] = functools.partial(serve, RetryMiddleware(ours), path)
+                        # A copy: the retry adds an observer to it.
+                        retry = RetryMiddleware(copy.copy(ours))
+                        calls[RETRY] = functools.partial(serve, retry, path)
                     found[body] = interleave(calls, rounds=rounds, seconds=seconds)
             work = WORK | (SELECT_BODIES if framework == "bare WSGI" else {})
             for name, path in work.items():

@@ -18,8 +18,9 @@ import gevent
 from gevent.event import Event
 from sqlalchemy.orm import sessionmaker
 
-from benchmarks import applications, report, timing
-from benchmarks.applications import BY_HAND, OURS
+from benchmarks import report, timing
+from benchmarks.applications import common
+from benchmarks.applications.common import BY_HAND, OURS
 from wsgi_dbsession import Scope, SessionMiddleware
 
 if TYPE_CHECKING:
@@ -134,8 +135,8 @@ def wait(name: str, count: int) -> dict[str, int]:
     """Hold as many responses open in greenlets of one thread, and look at the memory."""
     with tempfile.TemporaryDirectory() as directory:
         url = f"sqlite:///{directory}/wait.db"
-        engine = applications.make_engine(url, pool_size=5)
-        registry = applications.our_registry(engine)
+        engine = common.make_engine(url, pool_size=5)
+        registry = common.our_registry(engine)
         end = Event()
         begun = 0
 
@@ -143,8 +144,8 @@ def wait(name: str, count: int) -> dict[str, int]:
             environ: WSGIEnvironment, start_response: StartResponse
         ) -> Iterable[bytes]:
             if name == WAITING[2]:
-                applications.SELECT.call(registry)
-            start_response("200 OK", applications.PLAIN)
+                common.SELECT.call(registry)
+            start_response("200 OK", common.PLAIN)
             return body()
 
         def body() -> Iterator[bytes]:
@@ -183,23 +184,23 @@ def wait(name: str, count: int) -> dict[str, int]:
 
 def run(name: str, count: int) -> dict[str, Any]:
     """Make as many requests, and look at the memory from time to time."""
-    engine = applications.make_engine("sqlite://")
-    registry = applications.our_registry(engine)
+    engine = common.make_engine("sqlite://")
+    registry = common.our_registry(engine)
     factory = sessionmaker(engine)
 
     def work(environ: WSGIEnvironment, session: Any) -> None:
         if environ["PATH_INFO"] == "/insert":
-            session.add(applications.Note(text="hello"))
+            session.add(common.Note(text="hello"))
 
     def by_hand(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         with factory.begin() as session:
             work(environ, session)
-        start_response("200 OK", applications.SIZED)
+        start_response("200 OK", common.SIZED)
         return [b"hello"]
 
     def ours(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         work(environ, registry())
-        start_response("200 OK", applications.SIZED)
+        start_response("200 OK", common.SIZED)
         return [b"hello"]
 
     application: Any = by_hand if name == BY_HAND else SessionMiddleware(ours, registry)

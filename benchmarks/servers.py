@@ -58,7 +58,7 @@ def serve(
         command = [
             *(sys.executable, "-m", "gunicorn", f"--bind=127.0.0.1:{port}", "--workers=1"),
             *("--log-level=warning", "--no-control-socket", *GUNICORN[worker]),
-            "benchmarks.applications:application_for_server()",
+            "benchmarks.applications.every:application_for_server()",
         ]
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(
@@ -101,7 +101,7 @@ def main(port: int) -> None:
 
     from gevent.pywsgi import WSGIServer
 
-    from benchmarks.applications import application_for_server
+    from benchmarks.applications.every import application_for_server
 
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

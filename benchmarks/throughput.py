@@ -7,7 +7,8 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import chart, load, report, servers
-from benchmarks.applications import APPLICATIONS, NONE, OURS
+from benchmarks.applications.common import NONE, OURS
+from benchmarks.applications.every import APPLICATIONS
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,7 +1,7 @@
 """Retry: ``python retry_app.py`` serves transfers of money on http://127.0.0.1:8000/.
 
-A transfer that lost a race against another one runs again, and its client does not notice. On
-PostgreSQL (``DATABASE_URL=postgresql+psycopg://...``) the race is told by SERIALIZABLE.
+A transfer that lost a race against another one runs again, and its client gets its answer. On
+PostgreSQL (``DATABASE_URL=postgresql+psycopg://...``), SERIALIZABLE detects such races.
 """
 
 import os
@@ -44,14 +44,14 @@ class Account(Base):
 
 
 def is_locked(error: BaseException) -> bool:
-    """SQLite says by a message only that another transaction is writing."""
+    """Return whether another transaction is writing: SQLite has no code for it."""
     return isinstance(error, OperationalError) and "database is locked" in str(error.orig)
 
 
 app = Flask(__name__)
 # Accounts that everybody uses lose many races: let time be the limit, not the number.
 app.wsgi_app = RetryMiddleware(  # type: ignore[method-assign]
-    SessionMiddleware(app.wsgi_app, Session), attempts=100, give_up_after=30, also=is_locked
+    SessionMiddleware(app.wsgi_app, Session), attempts=100, timeout=30, on=is_locked
 )
 
 
@@ -72,7 +72,7 @@ def transfer() -> tuple[str, int]:
     source.balance -= amount
     target.balance += amount
     # Not here: what is not in the transaction would happen in each attempt.
-    current_scope().on_commit(lambda: app.logger.warning("mail: %d transferred", amount))
+    current_scope().on_commit(app.logger.warning, "mail: %d transferred", amount)
     return f"done, in attempt {request.environ['wsgi_dbsession.attempt']}", 200
 
 

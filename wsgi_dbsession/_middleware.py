@@ -77,8 +77,8 @@ class SessionMiddleware:
         skip: Callable[[WSGIEnvironment], bool] | None = None,
         observers: Iterable[Observer] = (),
     ) -> None:
-        kind: type = type(app)  # of which the annotation knows only what it should be
-        if not callable(app) or issubclass(kind, scoped_session):
+        given: Any = app  # of which the annotation knows only what it should be
+        if not callable(given) or isinstance(given, scoped_session):
             msg = (
                 f"app must be the WSGI application, a callable, got {app!r}. "
                 "Write `SessionMiddleware(app, Session)`"

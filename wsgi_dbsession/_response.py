@@ -342,14 +342,12 @@ class Response:
             if self._blocks is None:
                 self._blocks = iter(self._iterable)
             block: bytes = next(self._blocks, END)
+            sent = start.sent
             if block is END:
                 self._complete = True
-                start.settle_if_due(complete=True)
-                start.release()
-                return block
-            sent = start.sent + len(block)
-            if not self._complete:
-                self._complete = sent >= start.length()
+            else:
+                sent += len(block)
+                self._complete = self._complete or sent >= start.length()
             if self._complete or not start.released:
                 start.settle_if_due(complete=self._complete)
                 start.release()

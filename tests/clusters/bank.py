@@ -222,11 +222,10 @@ class Load:
 def describe(error: BaseException) -> str:
     """Return an error's class, and its code or text."""
     original = getattr(error, "orig", None) or error
-    code = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
-    if code is None and original.args and isinstance(original.args[0], int):
-        code = original.args[0]
+    code = original.args[0] if original.args and isinstance(original.args[0], int) else None
+    code = code or getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
     during = "a statement" if getattr(error, "statement", None) else "COMMIT or connect"
-    return f"{type(original).__name__} {code or str(original)[:60]!r} at {during}"
+    return f"{type(original).__name__} {code or repr(str(original)[:60])} at {during}"
 
 
 def audit(bank: Bank, load: Load, fetch: Fetch) -> None:

@@ -281,7 +281,7 @@ def two_threads(fork: str, registry: Registry) -> object:
         return pids
 
     before = backend_of_a_block(registry)
-    _fork._forget = begin  # type: ignore[assignment]
+    _fork._forget = begin
     return [before, *run_in_child(fork, work)]
 
 

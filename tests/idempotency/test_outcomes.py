@@ -399,6 +399,16 @@ def test_a_savepoint_that_failed_does_no_harm(place: Place) -> None:
     assert place.notes() == ["first", "tea"]
 
 
+def test_without_transactions_there_are_no_keys(every_place: Place) -> None:
+    """At AUTOCOMMIT a request could fail after its key was committed, so it is refused."""
+    shop = Shop(every_place.registry(isolation_level="AUTOCOMMIT"))
+
+    with pytest.raises(RuntimeError, match="must have transactions, got one at AUTOCOMMIT"):
+        order(protect(shop, shop.registry))
+    assert shop.calls == 0
+    assert every_place.keys() == []
+
+
 def test_a_missing_table_is_an_error_at_once(place: Place) -> None:
     """It is not taken for a lost race."""
     registry = place.registry()

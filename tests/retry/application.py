@@ -116,6 +116,6 @@ application = RetryMiddleware(
     attempts=100 if protected else 1,
     max_body=MAX_BODY,
     backoff=0.005,
-    max_backoff=0.1,
-    give_up_after=60,
+    backoff_max=0.1,
+    timeout=60,
 )

@@ -54,8 +54,8 @@ def test_a_lost_race_is_run_again_and_nobody_notices(
     (record,) = caplog.records
     assert record.levelno == logging.INFO
     assert record.getMessage() == (
-        "POST /path: attempt 1 of 3 failed with SerializationFailure (40001); "
-        "the next one begins in 0.000 s"
+        "retrying POST /path: attempt 1 of 3 failed with SerializationFailure (40001), "
+        "next in 0.000 s"
     )
 
 
@@ -111,8 +111,7 @@ def test_attempts_are_counted_and_run_out(
             drive(protect(app, race.registry), "POST")
         warning = next(record for record in caplog.records if record.levelname == "WARNING")
         assert warning.getMessage() == (
-            "POST /path: attempt 3 of 3 failed with SerializationFailure (40001); "
-            "it was the last one"
+            "giving up on POST /path: attempt 3 of 3 failed with SerializationFailure (40001)"
         )
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert len([record for record in caplog.records if record.levelname == "INFO"]) == 2
@@ -268,7 +267,7 @@ def test_the_answer_to_a_failed_commit_comes_after_the_last_attempt(race: Race) 
     """``commit_error`` answers, if at all, for the attempt that stays."""
 
     def sorry(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        start_response("303 See Other", [("Location", "/sorry")])
+        start_response("503 Service Unavailable", TEXT)
         return [b"sorry"]
 
     race.at = "commit"
@@ -278,7 +277,7 @@ def test_the_answer_to_a_failed_commit_comes_after_the_last_attempt(race: Race) 
 
     race.lost = 9
     reply = drive(RetryMiddleware(app, backoff=0), "POST")
-    assert (reply.status, race.attempts) == ("303 See Other", 5)
+    assert (reply.status, race.attempts) == ("503 Service Unavailable", 5)
 
 
 def test_a_deadlock_is_run_again(

@@ -384,7 +384,8 @@ def test_a_response_that_is_never_closed_leaves_nothing(
     try:
         result = protect(app, notes)(make_environ("POST"), Server().start_response)
         assert pool.checkedout() == 1
-        del result
+        with pytest.warns(ResourceWarning, match="dropped without close"):
+            del result
         assert pool.checkedout() == 0
     finally:
         gc.enable()

@@ -6,15 +6,18 @@ import contextlib
 import io
 import logging
 from typing import TYPE_CHECKING, Any
+from wsgiref.validate import validator
 
 import bottle
 import falcon
 import flask
 import pytest
+from django.core.handlers.wsgi import LimitedStream
+from django.test.client import FakePayload
 from pyramid.request import Request as PyramidRequest
 
 from tests.retry.applications import SIZED, Restless, list_app, protect
-from tests.support.wsgi import drive
+from tests.support.wsgi import Server, drive, make_environ
 from wsgi_dbsession.retry import Retry
 
 if TYPE_CHECKING:
@@ -44,6 +47,10 @@ def _read_all(stream: Any) -> list[bytes]:
 
 def _read_by_number(stream: Any) -> list[bytes]:
     return [stream.read(10_000_000)]
+
+
+def _read_minus_one(stream: Any) -> list[bytes]:
+    return [stream.read(-1)]
 
 
 def _read_none(stream: Any) -> list[bytes]:
@@ -80,6 +87,7 @@ def _read_list_with_hint(stream: Any) -> list[bytes]:
 READERS = {
     "read()": _read_all,
     "read(n)": _read_by_number,
+    "read(-1)": _read_minus_one,
     "read(None)": _read_none,
     "read(7) to the end": _read_in_bits,
     "readline()": _read_lines,
@@ -203,8 +211,8 @@ def test_a_body_larger_than_the_bound_is_not_kept(
         attempts = 1 if length == "declared" else 3
         (message,) = caplog.messages
         assert message == (
-            f"POST /path: attempt 1 of {attempts} failed with Retry; it is the last one, "
-            "because its body is longer than max_body"
+            f"not retrying POST /path: attempt 1 of {attempts} failed with Retry, "
+            "but its body is longer than max_body"
         )
 
 
@@ -237,6 +245,117 @@ def test_a_body_is_kept_on_disk_beyond_some_size(plain: scoped_session[Session])
 
     assert drive(protect(app, plain), "POST", body).body == b"done"
     assert seen == [body] * 3
+
+
+class Strict:
+    """A stream that refuses what PEP 3333 does not ask for: as the reference validator's does."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = io.BytesIO(body)
+
+    def read(self, size: int, /) -> bytes:
+        """Refuse to read without a size."""
+        return self._body.read(size)
+
+    def readline(self, *size: int) -> bytes:
+        return self._body.readline(*size)
+
+
+@pytest.mark.parametrize("second", ["read(n)", "read(-1)", "read(7) to the end", "readline()"])
+@pytest.mark.parametrize("first", ["read(n)", "read(-1)", "read(7) to the end", "readline()"])
+def test_the_servers_stream_is_read_as_the_application_reads(
+    first: str, second: str, plain: scoped_session[Session]
+) -> None:
+    """A stream that needs a size gets one, whatever an earlier attempt has read."""
+    seen: list[bytes] = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        stream = environ["wsgi.input"]
+        if not seen:
+            assert stream.read(30) == BODY[:30]
+        seen.append(b"".join(READERS[second if seen else first](stream)))
+        if len(seen) < 3:
+            raise Retry
+        start_response("200 OK", SIZED)
+        return [b"done"]
+
+    more: dict[str, Any] = {"wsgi.input": Strict(BODY)}
+    assert drive(protect(app, plain), "POST", **more).body == b"done"
+    assert seen == [BODY[30:], BODY, BODY]
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["validator inside", "only outside"])
+@pytest.mark.parametrize(
+    "reader",
+    ["read(n)", "read(-1)", "read(7) to the end", *(name for name in READERS if "line" in name)],
+)
+def test_the_reference_validator_has_no_objection_to_the_body(
+    reader: str, inside: bool, plain: scoped_session[Session]
+) -> None:
+    """It wraps the stream of the server, and that of each attempt."""
+    seen: list[list[bytes]] = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        seen.append(READERS[reader](environ["wsgi.input"]))
+        if len(seen) < 3:
+            raise Retry
+        start_response("200 OK", SIZED)
+        return [b"done"]
+
+    protected = protect(validator(app) if inside else app, plain)
+
+    assert drive(validator(protected), "POST", BODY).body == b"done"
+    assert seen == [READERS[reader](io.BytesIO(BODY))] * 3
+
+
+@pytest.mark.parametrize("length", [5, "5", "", None, "many", "-1"], ids=repr)
+def test_the_length_of_the_body_may_be_anything(
+    length: Any, plain: scoped_session[Session]
+) -> None:
+    """Django's test client gives an int, some servers an empty string."""
+    work = Restless()
+
+    with pytest.raises(Retry):
+        drive(protect(list_app(work), plain), "POST", CONTENT_LENGTH=length)
+    assert work.attempts == 3
+    work = Restless()
+    with pytest.raises(Retry):
+        drive(protect(list_app(work), plain, max_body=4), "POST", CONTENT_LENGTH=length)
+    assert work.attempts == (1 if length in (5, "5") else 3)
+
+
+def test_a_request_without_a_body_is_run_again(plain: scoped_session[Session]) -> None:
+    """Against PEP 3333, but the tests of applications make such environs."""
+    seen: list[bool] = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        seen.append("wsgi.input" in environ)
+        raise Retry
+
+    environ = make_environ()
+    del environ["wsgi.input"]
+    with pytest.raises(Retry):
+        protect(app, plain)(environ, Server().start_response)
+    assert seen == [False] * 3
+
+
+def test_the_stream_of_djangos_test_client_is_read_within_its_length(
+    plain: scoped_session[Session],
+) -> None:
+    """It fails where more is asked for than there is."""
+    seen: list[bytes] = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        stream = LimitedStream(environ["wsgi.input"], environ["CONTENT_LENGTH"])
+        seen.append(stream.read())
+        if len(seen) < 3:
+            raise Retry
+        start_response("200 OK", SIZED)
+        return [b"done"]
+
+    more: dict[str, Any] = {"wsgi.input": FakePayload(BODY), "CONTENT_LENGTH": len(BODY)}
+    assert drive(protect(app, plain), "POST", **more).body == b"done"
+    assert seen == [BODY] * 3
 
 
 def boundary_body(content: bytes) -> tuple[bytes, str]:

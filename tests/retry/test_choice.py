@@ -7,7 +7,7 @@ import logging
 import sqlite3
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import text
@@ -15,10 +15,11 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm.exc import StaleDataError
 
 from tests.retry.applications import Restless, flask_app, list_app, protect
+from tests.support.errors import AppError, Kill
 from tests.support.models import Author, Database, Note, make_engine
 from tests.support.wsgi import drive, make_registry
 from wsgi_dbsession import session_scope
-from wsgi_dbsession.retry import Retry
+from wsgi_dbsession.retry import Retry, run_transaction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,12 +70,12 @@ def test_a_stale_row_is_run_again_by_choice(
     assert len(attempts) == 1
 
     attempts.clear()
-    assert drive(protect(app, registry, also=is_stale), "POST").body == b"done"
+    assert drive(protect(app, registry, on=is_stale), "POST").body == b"done"
     assert sqlite_database.committed(Author.name) == ["changed"]
 
     # Not even then, if something was committed.
     attempts.clear()
-    app = protect(shape(commit_and_work), registry, also=is_stale)
+    app = protect(shape(commit_and_work), registry, on=is_stale)
     if shape is list_app:
         with pytest.raises(StaleDataError):
             drive(app, "POST")
@@ -106,10 +107,117 @@ def test_a_locked_sqlite_database_is_run_again_by_choice(sqlite_database: Databa
     with pytest.raises(OperationalError):
         drive(protect(list_app(work), registry), "POST")
     attempts.clear()
-    assert drive(protect(list_app(work), registry, also=is_locked), "POST").body == b"done"
+    assert drive(protect(list_app(work), registry, on=is_locked), "POST").body == b"done"
 
     engine.dispose()
     assert (len(attempts), sqlite_database.notes()) == (2, ["mine"])
+
+
+class _SpecialError(StaleDataError):
+    """A subclass counts, too."""
+
+
+@pytest.mark.parametrize(
+    ("on", "attempts"),
+    [
+        pytest.param(StaleDataError, 3, id="a class"),
+        pytest.param((KeyError, StaleDataError), 3, id="a tuple of classes"),
+        pytest.param(lambda error: "stale" in str(error), 3, id="a function"),
+        pytest.param(KeyError, 1, id="another class"),
+        pytest.param((), 1, id="no class"),
+        pytest.param(lambda error: False, 1, id="a function that says no"),
+    ],
+)
+@pytest.mark.parametrize("caused", [False, True], ids=["the error", "its cause"])
+def test_what_else_is_retried_is_a_class_a_tuple_or_a_function(
+    caused: bool, on: Any, attempts: int, plain: scoped_session[Session]
+) -> None:
+    """As ``on`` is in other libraries that retry; what caused an error counts."""
+    seen: list[None] = []
+
+    def work() -> None:
+        seen.append(None)
+        error = _SpecialError("stale")
+        if caused:
+            raise ValueError from error
+        raise error
+
+    with pytest.raises(ValueError if caused else _SpecialError):
+        drive(protect(list_app(work), plain, on=on))
+    assert len(seen) == attempts
+    seen.clear()
+    with pytest.raises(ValueError if caused else _SpecialError):
+        run_transaction(work, plain, on=on, backoff=0)
+    assert len(seen) == attempts
+
+
+@pytest.mark.parametrize(
+    "on",
+    [
+        pytest.param("40001", id="a code"),
+        pytest.param(int, id="a class that is no error"),
+        pytest.param(KeyboardInterrupt, id="an interruption"),
+        pytest.param((StaleDataError, "40001"), id="a tuple with a code"),
+        pytest.param((StaleDataError, lambda error: True), id="a tuple with a function"),
+        pytest.param(None, id="None"),
+    ],
+)
+def test_anything_else_is_refused(on: Any, plain: scoped_session[Session]) -> None:
+    """When the application is built, with the fix."""
+    message = "on must be an exception class, a tuple of them, or callable, got .*. Pass"
+    with pytest.raises(TypeError, match=message):
+        protect(list_app(lambda: None), plain, on=on)
+
+
+@pytest.mark.parametrize("shape", [list_app, flask_app], ids=["raised", "error page"])
+def test_a_choice_that_fails_replaces_no_error(
+    shape: Callable[[Callable[[], object]], WSGIApplication],
+    sqlite_database: Database,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The client gets what it would have got, and the log says why ``on`` had no say."""
+    registry = make_registry(sqlite_database.engine)
+    attempts: list[None] = []
+
+    def on(error: Exception) -> bool:
+        raise LookupError
+
+    def work() -> None:
+        attempts.append(None)
+        registry.add(Note(text="lost"))
+        registry.flush()
+        registry.execute(text("SELECT nonsense"))
+
+    app = protect(shape(work), registry, on=on)
+    if shape is list_app:
+        with pytest.raises(OperationalError):
+            drive(app, "POST")
+    else:
+        assert drive(app, "POST").status[:3] == "500"
+
+    assert len(attempts) == 1
+    assert sqlite_database.notes() == []
+    records = [record for record in caplog.records if record.name == "wsgi_dbsession"]
+    assert {record.levelname for record in records} == {"ERROR"}
+    assert "which failed for OperationalError" in records[0].getMessage()
+    assert records[0].exc_info is not None
+    assert isinstance(records[0].exc_info[1], LookupError)
+
+
+def test_an_interruption_is_not_asked_for_its_cause(plain: scoped_session[Session]) -> None:
+    """A function gets what it can mean: an ``Exception``."""
+    asked: list[Exception] = []
+
+    def on(error: Exception) -> bool:
+        asked.append(error)
+        return False
+
+    def work() -> None:
+        raise AppError from Kill()
+
+    with pytest.raises(AppError):
+        drive(protect(list_app(work), plain, on=on))
+    assert [type(error) for error in asked] == [AppError]
 
 
 # -- time -----------------------------------------------------------------------------------------
@@ -119,7 +227,7 @@ def delays_of(caplog: pytest.LogCaptureFixture) -> list[float]:
     return [
         float(record.getMessage().split()[-2])
         for record in caplog.records
-        if "the next one begins in" in record.getMessage()
+        if "next in" in record.getMessage()
     ]
 
 
@@ -132,7 +240,7 @@ def test_the_delay_is_random_below_a_limit_that_doubles(
     for _ in range(5):
         with pytest.raises(Retry):
             drive(
-                protect(list_app(Restless()), plain, attempts=8, backoff=0.001, max_backoff=0.005)
+                protect(list_app(Restless()), plain, attempts=8, backoff=0.001, backoff_max=0.005)
             )
     delays = delays_of(caplog)
     assert len(delays) == 5 * 7
@@ -143,11 +251,11 @@ def test_the_delay_is_random_below_a_limit_that_doubles(
 def test_no_attempt_begins_when_time_is_up(
     plain: scoped_session[Session], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """``give_up_after`` bounds the time that a client waits for the last attempt to begin."""
+    """``timeout`` bounds the time that a client waits for the last attempt to begin."""
     caplog.set_level(logging.INFO)
     work = Restless()
     with pytest.raises(Retry):
-        drive(protect(list_app(work), plain, give_up_after=0))
+        drive(protect(list_app(work), plain, timeout=0))
     assert work.attempts == 1
 
     work = Restless()
@@ -158,8 +266,8 @@ def test_no_attempt_begins_when_time_is_up(
                 plain,
                 attempts=10**6,
                 backoff=1000,
-                max_backoff=1000,
-                give_up_after=0.05,
+                backoff_max=1000,
+                timeout=0.05,
             )
         )
     assert work.attempts >= 2
@@ -186,7 +294,7 @@ def work():
         raise Retry
 
 def run():
-    run_transaction(work, Session, attempts=100, backoff=0.02, max_backoff=0.02)
+    run_transaction(work, Session, attempts=100, backoff=0.02, backoff_max=0.02)
 
 pausing = gevent.spawn(run)
 gevent.spawn(other.append, None)

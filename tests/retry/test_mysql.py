@@ -7,13 +7,14 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import create_engine, make_url, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy import create_engine, event, make_url, text
+from sqlalchemy.exc import DBAPIError
 
 from tests.retry.applications import flask_app, list_app, protect
 from tests.retry.databases import Proxy, assert_unknown, race_of, wait_until
+from tests.support.galera import mariadb
 from tests.support.wsgi import Server, drive, make_registry
-from wsgi_dbsession.retry import is_retryable
+from wsgi_dbsession.retry import Retry, is_retryable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,29 +25,19 @@ pytestmark = pytest.mark.promise("run again")
 
 
 @pytest.fixture(scope="module")
-def mysql_url() -> URL:
-    """The server that TEST_MYSQL_URL names, or one at its usual place."""
-    url = make_url(os.environ.get("TEST_MYSQL_URL", "mysql+pymysql://root@127.0.0.1:3306/test"))
-    engine = create_engine(url)
-    try:
-        with engine.connect():
-            pass
-    except OperationalError as error:
-        if "TEST_MYSQL_URL" in os.environ:
-            raise
-        pytest.skip(
-            "NO MARIADB OR MYSQL: deadlocks and broken connections of PyMySQL are not tested. "
-            f"Start one, or name one in TEST_MYSQL_URL (tried {url}: {error.orig})"
-        )
-    finally:
-        engine.dispose()
-    return url
+def mysql_url() -> Iterator[URL]:
+    """The server that TEST_MYSQL_URL names, or a MariaDB of the tests' own."""
+    if "TEST_MYSQL_URL" in os.environ:
+        yield make_url(os.environ["TEST_MYSQL_URL"])
+    else:
+        with mariadb() as server:
+            yield server.url()
 
 
 @pytest.fixture
 def mysql(mysql_url: URL) -> Iterator[Engine]:
     """An engine of that server, with a table of two accounts."""
-    # A name for each worker: the database is the user's.
+    # A name for each worker: the database may be the user's.
     name = f"wsgi_dbsession_{os.getpid()}"
     engine = create_engine(mysql_url)
     with engine.begin() as connection:
@@ -104,6 +95,70 @@ def test_a_deadlock_of_mysql_is_not_noticed(framework: Any, mysql: Engine) -> No
     assert [reply.body for reply in replies] == [b"done", b"done"]
     assert len(attempts) == 3
     assert numbers_in(mysql) == [2, 2]
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["error page", "called a success"])
+def test_a_deadlock_in_a_savepoint_of_mysql_is_not_hidden(fails: bool, mysql: Engine) -> None:
+    """The server has ended the transaction, and the savepoint with it.
+
+    So the rollback to the savepoint fails, with error 1305: that is a consequence. An application
+    that swallows both would commit half of its work.
+    """
+    registry = make_registry(mysql)
+    meeting = threading.Barrier(2, timeout=60)
+    attempts: list[int] = []
+
+    def client(first: int, second: int) -> None:
+        def count_both() -> None:
+            with registry.begin_nested():
+                again = first in attempts
+                attempts.append(first)
+                # Locks more than the other one, which is the victim then.
+                for _ in range(first):
+                    registry.execute(count_up(mysql, first))
+                if not again:
+                    meeting.wait()
+                registry.execute(count_up(mysql, second))
+
+        def work() -> None:
+            try:
+                count_both()
+            except DBAPIError as error:
+                failure = str(error)
+            else:
+                return
+            # Not in the handler, whose error would be the context of what is raised.
+            if fails:
+                raise ValueError(failure)
+            registry.execute(count_up(mysql, 1))
+
+        replies.append(drive(protect(flask_app(work), registry), "POST"))
+
+    replies: list[Server] = []
+    threads = [threading.Thread(target=client, args=pair) for pair in ((1, 2), (2, 1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert [reply.body for reply in replies] == [b"done", b"done"]
+    assert len(attempts) == 3
+    # Those of the one client, and of the other: 1 + 1 and 2 + 1.
+    assert numbers_in(mysql) == [2, 3]
+
+
+def test_another_error_1305_of_mysql_is_a_cause(mysql: Engine) -> None:
+    """A procedure that does not exist is a mistake, whatever was before it."""
+    registry = make_registry(mysql)
+    attempts: list[None] = []
+
+    def work() -> None:
+        attempts.append(None)
+        Retry()
+        registry.execute(text("CALL nonsense()"))
+
+    assert drive(protect(flask_app(work), registry), "POST").status[:3] == "500"
+    assert len(attempts) == 1
 
 
 def test_a_deadlock_of_mysql_is_seen_without_the_middleware(mysql: Engine) -> None:
@@ -222,3 +277,28 @@ def test_an_outcome_of_mysql_that_is_unknown_is_never_run_again(
     assert_unknown(caplog, caught.value)
     wait_until(lambda: numbers_in(mysql) == [1, 0])
     assert proxy.commits == 1
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["late", "at checkout"])
+def test_autocommit_of_pymysql_is_seen(late: bool, mysql: Engine) -> None:
+    """The driver was told to commit by itself, past SQLAlchemy."""
+    registry = make_registry(mysql)
+
+    def switch(driver: Any, *_: object) -> None:
+        driver.autocommit(True)
+
+    def work() -> None:
+        attempts.append(None)
+        connection = registry.connection()
+        if late:
+            switch(connection.connection.driver_connection)
+        registry.execute(count_up(mysql, 1))
+        raise Retry
+
+    attempts: list[None] = []
+    if not late:
+        event.listen(mysql, "checkout", switch)
+    with pytest.raises(Retry):
+        drive(protect(list_app(work), registry), "POST")
+    assert len(attempts) == 1
+    assert numbers_in(mysql) == [1, 0]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.validate import validator
 
 import pytest
+from sqlalchemy import text
 
 from tests.retry.applications import SIZED, Race, Restless, list_app, protect
 from tests.support.wsgi import drive
@@ -72,6 +73,36 @@ def test_a_lost_race_of_a_request_in_a_request_is_one_of_the_outer(
     assert len(caplog.records) == (race.at == "commit")
 
 
+def test_the_same_middleware_may_be_called_in_a_request_and_without_protection(
+    statement_race: Race, postgres_database: Database
+) -> None:
+    """A request in a request has an outcome of its own; without an attempt nobody asks for it."""
+    registry = statement_race.registry
+    outer_attempts: list[None] = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if "inner" not in environ:
+            outer_attempts.append(None)
+            reply = drive(unprotected, "POST", **{**environ, "inner": True})
+            assert reply.body == b"done"
+            statement_race.run()
+            start_response("200 OK", SIZED)
+        else:
+            registry.execute(text("SELECT 1"))
+            start_response("404 Not Found", SIZED)  # which commits nothing
+        return [b"done"]
+
+    unprotected = SessionMiddleware(app, registry)
+    protected = RetryMiddleware(unprotected, backoff=0)
+    RetryMiddleware(unprotected)  # a second time: an attempt is told once
+
+    assert drive(protected, "POST").body == b"done"
+    assert len(outer_attempts) == statement_race.attempts == 2
+    assert postgres_database.notes() == statement_race.done()
+    assert drive(unprotected, "POST", inner=True).body == b"done"
+    assert len(unprotected.observers) == 1
+
+
 # -- constructors ---------------------------------------------------------------------------------
 
 
@@ -79,12 +110,18 @@ def test_a_lost_race_of_a_request_in_a_request_is_one_of_the_outer(
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        pytest.param({"attempts": 0}, ValueError, "attempts is a number from 1", id="no attempt"),
-        pytest.param({"max_body": -1}, ValueError, "max_body is a number of bytes", id="body"),
-        pytest.param({"backoff": -1}, ValueError, "backoff is a number of seconds", id="backoff"),
-        pytest.param({"max_backoff": -1}, ValueError, "max_backoff is", id="largest backoff"),
-        pytest.param({"give_up_after": -1}, ValueError, "give_up_after is", id="time"),
-        pytest.param({"also": Retry()}, TypeError, "also is a callable", id="predicate"),
+        pytest.param(
+            {"attempts": 0}, ValueError, "attempts must be at least 1, got 0", id="no attempt"
+        ),
+        pytest.param(
+            {"max_body": -1}, ValueError, "max_body must be at least 0, got -1", id="body"
+        ),
+        pytest.param(
+            {"backoff": -1}, ValueError, "backoff must be at least 0, got -1", id="backoff"
+        ),
+        pytest.param({"backoff_max": -1}, ValueError, "backoff_max must be", id="largest backoff"),
+        pytest.param({"timeout": -1}, ValueError, "timeout must be", id="time"),
+        pytest.param({"on": Retry()}, TypeError, "on must be an exception class", id="predicate"),
     ],
 )
 def test_a_wrong_argument_is_refused_when_the_application_is_built(
@@ -112,7 +149,7 @@ def test_the_wrong_order_is_refused_when_the_application_is_built(
 
     with pytest.raises(TypeError, match=r"RetryMiddleware\(SessionMiddleware\(app, Session\)\)"):
         SessionMiddleware(RetryMiddleware(app), plain)
-    with pytest.raises(TypeError, match="Other middleware goes around both, or inside of both"):
+    with pytest.raises(TypeError, match="with other middleware around both or inside of both"):
         RetryMiddleware(validator(SessionMiddleware(app, plain)))  # type: ignore[arg-type]
 
 
@@ -122,5 +159,5 @@ def test_a_middleware_inside_of_an_unprotected_scope_says_so(
     """The mistake that no constructor can see is told with the first request."""
     app = SessionMiddleware(protect(list_app(lambda: None), plain), plain)
 
-    with pytest.raises(RuntimeError, match="put it around the outermost"):
+    with pytest.raises(RuntimeError, match="Put it around the outermost"):
         drive(app)

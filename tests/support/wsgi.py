@@ -35,7 +35,7 @@ def make_registry(engine: Engine | Connection | None, **options: Any) -> scoped_
 
 def open_sessions(registry: scoped_session[Session]) -> list[Session]:
     """Return the Sessions of this registry that hold a transaction, whoever has them."""
-    kind = registry.session_factory.class_  # type: ignore[attr-defined]
+    kind = registry.session_factory.class_
     return [
         each for each in _sessions.values() if isinstance(each, kind) and each.in_transaction()
     ]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import sys
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from wsgi_dbsession._scope import current_scope
+from wsgi_dbsession._start import body_length, close
 
 from ._problem import in_progress
 from ._rows import Claim, Rows, Stored
-from ._start import body_length, close, is_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,9 @@ HOP_BY_HOP = frozenset(
 )
 # A cookie is a login. Length and date are those of the replay.
 _NOT_STORED = HOP_BY_HOP | {"content-length", "date", "set-cookie"}
+
+# What uWSGI's `wsgi.file_wrapper`, a C function, returns: the file that it was given.
+_FILES = (io.BufferedReader, io.BufferedRandom, io.BytesIO, io.FileIO)
 
 
 class Taken(Exception):  # noqa: N818 - it never leaves this package
@@ -141,7 +145,7 @@ class Recording:
             self._mark()
         self._write(block)
 
-    def record(self, result: Iterable[bytes], file_wrapper: object) -> Iterable[bytes]:
+    def record(self, result: Iterable[bytes], file_wrapper: Any) -> Iterable[bytes]:
         """Store the response that the application returned.
 
         :param file_wrapper: that of the server.
@@ -157,7 +161,7 @@ class Recording:
                     self._add(block)
                 self._store()
             return result
-        if self._status is not None and self._is_long() and is_file(result, file_wrapper):
+        if self._status is not None and self._is_long() and _is_file(result, file_wrapper):
             self._mark()
             return result
         body = Body(self, result)
@@ -190,7 +194,7 @@ class Recording:
 
     def _expected(self) -> float:
         assert self._status is not None
-        return body_length(self._status, self._headers)
+        return body_length(False, self._status, self._headers)
 
     def _is_long(self) -> bool:
         """Return whether the response is too long to be stored, or may be endless."""
@@ -290,3 +294,13 @@ class Body:
         """Close the application's iterable."""
         close(self._iterable)
         self._recording.renew()
+
+
+def _is_file(result: Iterable[bytes], file_wrapper: Any) -> bool:
+    """Return whether the server is to send a file: no code of the application is left to run."""
+    if file_wrapper is None:
+        return False
+    try:
+        return isinstance(result, file_wrapper)
+    except TypeError:  # PEP 3333 asks for a callable, not for a class
+        return type(result) in _FILES

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from wsgi_dbsession._start import body_length
+
 from ._problem import Problem
-from ._start import is_bodiless
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
@@ -41,7 +42,7 @@ def replay(row: Found, fingerprint: str, start_response: StartResponse) -> list[
             f"{row.status}, but its response was not stored. Do not repeat it.",
         )
     headers: list[tuple[str, str]] = [(name, value) for name, value in json.loads(row.headers)]
-    if not is_bodiless(row.status):
+    if body_length(False, row.status, []):  # or the status allows no body
         headers.append(("Content-Length", str(len(row.body))))
     headers.append(("Idempotent-Replayed", "true"))
     start_response(row.status, headers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Insert, func, insert, select, update
 from sqlalchemy.dialects import postgresql
@@ -13,13 +13,14 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.compiler import compiles
 
+from wsgi_dbsession._driver import codes, is_autocommit
 from wsgi_dbsession._scope import current_scope
 
 from ._problem import in_progress
 from ._table import now
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from sqlalchemy import Connection, Table
     from sqlalchemy.orm import Session, SessionTransaction, scoped_session
@@ -95,6 +96,7 @@ class Rows:
 
         :return: None, or the committed row of an earlier request with this key.
         :raises Problem: if another request is using the key.
+        :raises RuntimeError: if the connection is at AUTOCOMMIT.
         """
         session: Session = self._registry()
         # A transaction that was begun before may hold work: it must not be rolled back here.
@@ -163,6 +165,12 @@ class Rows:
         :return: whether it was inserted: False, or an ``IntegrityError``, if it was there.
         """
         connection = self._connect(session)
+        if is_autocommit(connection):
+            msg = (
+                "the connection must have transactions, got one at AUTOCOMMIT: the key would be "
+                "committed without the work. Use an engine with another isolation level"
+            )
+            raise RuntimeError(msg)
         values = {
             "id": claim.id,
             "idempotency_key": claim.key,
@@ -221,18 +229,4 @@ def _compile(element: _ImpatientInsert, compiler: Any, **options: Any) -> str:
 
 
 def _is_one_of(kinds: frozenset[str], error: DBAPIError) -> bool:
-    return not kinds.isdisjoint(_codes(error))
-
-
-def _codes(error: DBAPIError) -> Iterator[str]:
-    """Return the codes of an error, in the ways in which the drivers show them."""
-    original: Any = error.orig
-    for name in ("sqlstate", "pgcode"):  # psycopg, psycopg2
-        code = getattr(original, name, None)
-        if isinstance(code, str):
-            yield code
-    for first in original.args[:1]:
-        if isinstance(first, int):  # PyMySQL
-            yield str(first)
-        elif isinstance(first, dict):  # pg8000
-            yield str(cast("dict[str, str]", first).get("C"))
+    return not kinds.isdisjoint(codes(error))

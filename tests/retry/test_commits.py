@@ -1,0 +1,430 @@
+"""Each commit of an attempt is seen, whoever sends it; and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.orm import Session
+
+from tests.retry.applications import Restless, flask_app, list_app, protect
+from tests.support.models import Note, make_engine
+from tests.support.proxy import Proxy
+from tests.support.wsgi import drive, make_registry
+from wsgi_dbsession.retry import Retry
+from wsgi_dbsession.testing import isolate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sqlalchemy import Engine
+    from sqlalchemy.orm import scoped_session
+
+    from tests.support.models import Database
+
+pytestmark = pytest.mark.promise("never again")
+
+INSERT = text("INSERT INTO note (text) VALUES ('kept')")
+
+
+@pytest.fixture
+def registry(postgres_database: Database) -> Iterator[scoped_session[Session]]:
+    """A registry whose pool has one connection, so that it comes back to whoever asks next."""
+    engine = make_engine(postgres_database.url, pool_size=1)
+    yield make_registry(engine)
+    engine.dispose()
+
+
+def run(registry: scoped_session[Session], before: Callable[[], object], **more: Any) -> int:
+    """Run a request that fails with ``Retry`` each time, and return the number of attempts."""
+    work = Restless(before)
+    with pytest.raises(Retry):
+        drive(protect(list_app(work), registry, **more), "POST")
+    return work.attempts
+
+
+def engine_of(registry: scoped_session[Session]) -> Any:
+    return registry.session_factory.kw["bind"]
+
+
+# -- without a Session ----------------------------------------------------------------------------
+
+
+def test_a_commit_by_the_engine_counts_though_a_session_gets_its_connection(
+    registry: scoped_session[Session], postgres_database: Database
+) -> None:
+    """The pool gives the same connection to the Session, which commits nothing."""
+
+    def work() -> None:
+        with engine_of(registry).begin() as connection:
+            connection.execute(INSERT)
+        registry.execute(text("SELECT 1"))
+
+    assert run(registry, work) == 1
+    assert postgres_database.notes() == ["kept"]
+
+
+def read_by_connection(engine: Engine) -> None:
+    with engine.connect() as connection:
+        connection.execute(text("SELECT 1"))
+
+
+def commit_by_driver(engine: Engine) -> None:
+    raw = engine.raw_connection()
+    raw.cursor().execute(INSERT.text)
+    raw.commit()
+    raw.close()
+
+
+def commit_by_connections_driver(engine: Engine) -> None:
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.execute(INSERT.text)
+        driver.commit()
+
+
+@pytest.mark.parametrize(
+    ("use", "notes"),
+    [
+        pytest.param(read_by_connection, [], id="it only reads"),
+        pytest.param(commit_by_driver, ["kept"], id="raw_connection()"),
+        pytest.param(commit_by_connections_driver, ["kept"], id="the driver's"),
+    ],
+)
+def test_a_connection_without_a_session_is_an_obstacle_whoever_gets_it_next(
+    use: Callable[[Engine], None],
+    notes: list[str],
+    registry: scoped_session[Session],
+    postgres_database: Database,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What is committed on it is not seen, so it may have been."""
+    caplog.set_level(logging.INFO)
+
+    def work() -> None:
+        use(engine_of(registry))
+        registry.execute(text("SELECT 1"))
+
+    assert run(registry, work) == 1
+    assert postgres_database.notes() == notes
+    assert "but it used a connection without a Session, which may have committed" in caplog.text
+
+
+def test_a_connection_that_the_pool_had_to_replace_is_not_taken_for_a_raw_one(
+    registry: scoped_session[Session],
+) -> None:
+    """A listener of the application's finds the pooled connection dead, and asks for another."""
+    checkouts: list[None] = []
+
+    def refuse_first(*_: object) -> None:
+        checkouts.append(None)
+        if len(checkouts) % 2:
+            raise DisconnectionError
+
+    event.listen(engine_of(registry), "checkout", refuse_first)
+
+    assert run(registry, lambda: registry.execute(text("SELECT 1"))) == 3
+    assert len(checkouts) == 6
+
+
+# -- past the Session -----------------------------------------------------------------------------
+
+
+def test_a_commit_of_the_sessions_own_connection_counts(
+    registry: scoped_session[Session], postgres_database: Database
+) -> None:
+    """It happens behind the Session's back."""
+
+    def work() -> None:
+        registry.execute(INSERT)
+        registry.connection().commit()
+
+    assert run(registry, work) == 1
+    assert postgres_database.notes() == ["kept"]
+
+
+@pytest.mark.parametrize("commits", [True, False], ids=["committed", "rolled back"])
+def test_a_session_on_a_connection_does_not_answer_for_it(
+    commits: bool, registry: scoped_session[Session], postgres_database: Database
+) -> None:
+    """The connection had a life before the Session, and may have one after."""
+
+    def work() -> None:
+        with engine_of(registry).connect() as connection:
+            with Session(connection) as session:
+                session.execute(text("SELECT 1"))
+            connection.execute(INSERT)
+            (connection.commit if commits else connection.rollback)()
+
+    assert run(registry, work) == 1
+    assert postgres_database.notes() == (["kept"] if commits else [])
+
+
+@pytest.mark.parametrize("target", ["every Session", "the registry"])
+@pytest.mark.parametrize("by", ["the application", "the middleware"])
+@pytest.mark.parametrize("framework", [list_app, flask_app], ids=["raised", "error page"])
+def test_a_listener_that_fails_after_the_commit_hides_nothing(
+    framework: Any,
+    by: str,
+    target: str,
+    registry: scoped_session[Session],
+    postgres_database: Database,
+) -> None:
+    """It may have been registered before the middleware, and be called before its listeners."""
+    attempts: list[None] = []
+
+    def fail(_: object) -> None:
+        raise Retry
+
+    def work() -> None:
+        attempts.append(None)
+        registry.execute(INSERT)
+        if by == "the application":
+            registry.commit()
+
+    listened: Any = Session if target == "every Session" else registry.session_factory
+    event.listen(listened, "after_commit", fail, insert=True)
+    try:
+        app = protect(framework(work), registry)
+        if framework is flask_app and by == "the application":
+            assert drive(app, "POST").status[:3] == "500"
+        else:
+            with pytest.raises(Retry):
+                drive(app, "POST")
+    finally:
+        event.remove(listened, "after_commit", fail)
+
+    assert len(attempts) == 1
+    assert postgres_database.notes() == ["kept"]
+
+
+def test_an_error_in_the_flush_of_a_commit_does_not_hide_that_its_answer_was_lost(
+    registry: scoped_session[Session], postgres_database: Database
+) -> None:
+    """A listener tries something in a savepoint on the way to the COMMIT."""
+
+    def attempt_something(session: Session, *_: object) -> None:
+        with contextlib.suppress(DBAPIError), session.begin_nested():
+            session.execute(text("SELECT nonsense"))
+
+    with Proxy.to(postgres_database.url) as proxy:
+        engine = make_engine(proxy.url(postgres_database.url))
+        proxied = make_registry(engine)
+        event.listen(proxied.session_factory, "before_commit", attempt_something)
+
+        def insert_and_commit() -> None:
+            proxied.execute(INSERT)
+            proxied.commit()
+
+        work = Restless(insert_and_commit)
+        proxy.eat_commit_answer()
+        with pytest.raises(DBAPIError):
+            drive(protect(list_app(work), proxied, on=DBAPIError), "POST")
+        engine.dispose()
+
+    assert work.attempts == 1
+    assert postgres_database.notes() == ["kept"]
+
+
+# -- AUTOCOMMIT -----------------------------------------------------------------------------------
+
+
+def _by_engine(engine: Engine) -> Engine:
+    return make_engine(engine.url, isolation_level="AUTOCOMMIT")
+
+
+def _by_option(engine: Engine) -> Engine:
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def _by_driver(engine: Engine) -> Engine:
+    def switch(connection: Any, *_: object) -> None:
+        connection.autocommit = True
+
+    event.listen(engine, "checkout", switch)
+    return engine
+
+
+WAYS = {"the engine": _by_engine, "an option": _by_option, "the driver": _by_driver}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("with_session", [True, False], ids=["Session", "Connection"])
+def test_a_statement_at_autocommit_counts(
+    way: str, with_session: bool, engine: Engine, postgres_database: Database
+) -> None:
+    """No COMMIT is sent, and the row is there."""
+    autocommit = WAYS[way](engine)
+    registry = make_registry(autocommit)
+
+    def work() -> None:
+        if with_session:
+            registry.execute(INSERT)
+        else:
+            with autocommit.connect() as connection:
+                connection.execute(INSERT)
+
+    assert run(registry, work) == 1
+    assert postgres_database.notes() == ["kept"]
+    autocommit.dispose()
+
+
+def test_autocommit_of_the_driver_is_seen_when_it_is_switched_on_late(
+    engine: Engine, postgres_database: Database
+) -> None:
+    """The Session's transaction has begun, the database's has not."""
+    registry = make_registry(engine)
+
+    def work() -> None:
+        driver: Any = registry.connection().connection
+        driver.driver_connection.autocommit = True
+        registry.execute(INSERT)
+
+    assert run(registry, work) == 1
+    assert postgres_database.notes() == ["kept"]
+
+
+def test_psycopg_ignores_that_autocommit_is_to_be_read_only(postgres_database: Database) -> None:
+    """So the option does not prove that nothing was written: asked is what the server reports."""
+    replica = postgres_database.engine.execution_options(
+        isolation_level="AUTOCOMMIT", postgresql_readonly=True
+    )
+    registry = make_registry(replica)
+
+    assert run(registry, lambda: registry.execute(INSERT)) == 1
+    assert postgres_database.notes() == ["kept"]
+
+
+@pytest.mark.parametrize("commit", [True, False], ids=["committed", "not committed"])
+def test_reading_at_autocommit_where_nothing_can_be_written_is_no_obstacle(
+    commit: bool, driver: str, postgres_database: Database
+) -> None:
+    """The server refuses every write, and says so by itself."""
+    url = postgres_database.url.set(drivername=f"postgresql+{driver}")
+    engine = make_engine(url, isolation_level="AUTOCOMMIT")
+
+    def forbid(connection: Any, _: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute("SET default_transaction_read_only = on")
+        cursor.close()
+        connection.commit()
+
+    event.listen(engine, "connect", forbid)
+    registry = make_registry(engine)
+
+    def work() -> None:
+        registry.execute(text("SELECT 1"))
+        if commit:
+            registry.commit()
+
+    assert run(registry, work) == 3
+    engine.dispose()
+
+
+def test_an_error_elsewhere_does_not_make_a_read_at_autocommit_an_obstacle(
+    engine: Engine, postgres_database: Database
+) -> None:
+    """It is looked at again after its own errors only."""
+    registry = make_registry(engine)
+    replica = make_engine(postgres_database.url, isolation_level="AUTOCOMMIT")
+
+    def forbid(connection: Any, _: object) -> None:
+        connection.execute("SET default_transaction_read_only = on")
+
+    event.listen(replica, "connect", forbid)
+
+    def work() -> None:
+        registry.execute(text("SELECT 1"), bind_arguments={"bind": replica})
+        with pytest.raises(DBAPIError):
+            registry.execute(text("SELECT nonsense"))
+        registry.rollback()
+
+    assert run(registry, work) == 3
+    replica.dispose()
+
+
+def test_a_connection_that_could_not_be_replaced_raises_its_own_error(
+    driver: str, postgres_database: Database
+) -> None:
+    """The listener must not ask for the driver's connection, where there is none."""
+    url = postgres_database.url.set(drivername=f"postgresql+{driver}")
+    with Proxy.to(url) as proxy:
+        engine = make_engine(proxy.url(url), isolation_level="AUTOCOMMIT")
+        registry = make_registry(engine)
+
+        def work() -> None:
+            connection = registry.connection()
+            connection.execute(text("SET default_transaction_read_only = on"))
+            registry.commit()
+            connection = registry.connection()
+            connection.invalidate()
+            connection.rollback()
+            proxy.refuse()
+            with pytest.raises(DBAPIError, match=r"(?i)connect"):
+                connection.execute(text("SELECT 1"))
+            proxy.listen()
+
+        assert run(registry, work) == 1  # it was not read-only yet
+        engine.dispose()
+
+
+def test_a_commit_in_an_isolated_test_counts(
+    registry: scoped_session[Session], postgres_database: Database
+) -> None:
+    """It is a savepoint there, and the application is tried as in production."""
+
+    def work() -> None:
+        registry.execute(INSERT)
+        with registry.begin_nested():
+            registry.execute(INSERT)
+
+    def commit() -> None:
+        work()
+        registry.commit()
+
+    with isolate(registry):
+        assert run(registry, work) == 3
+        assert run(registry, commit) == 1
+    assert postgres_database.notes() == []
+
+
+# -- what is kept ---------------------------------------------------------------------------------
+
+
+def test_sessions_that_were_closed_without_a_commit_are_not_kept(
+    registry: scoped_session[Session],
+) -> None:
+    """A long stream may use thousands of its own."""
+    alive: list[weakref.ref[Any]] = []
+
+    def work() -> None:
+        for _ in range(5):
+            session = registry.session_factory()
+            alive.extend([weakref.ref(session), weakref.ref(session.connection())])
+            session.close()
+        del session
+        gc.collect()
+        assert [ref for ref in alive if ref() is not None] == []
+
+    assert run(registry, work) == 3
+
+
+def test_a_commit_that_was_refused_is_no_commit(
+    registry: scoped_session[Session], postgres_database: Database
+) -> None:
+    """The application deals with a violated constraint, and asks for another attempt."""
+
+    def work() -> None:
+        registry.execute(text("INSERT INTO book (author_id) VALUES (7)"))
+        with pytest.raises(DBAPIError):
+            registry.commit()
+        registry.rollback()
+
+    assert run(registry, work) == 3
+    assert postgres_database.committed(Note.text) == []

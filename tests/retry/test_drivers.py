@@ -1,0 +1,35 @@
+"""A driver's connection that is closed tells nothing, and raises nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from wsgi_dbsession.retry._drivers import autocommits, is_read_only, is_standby
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+
+class Closed:
+    """As mysqlclient's, or psycopg2's."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("the connection is closed")
+
+
+def test_a_closed_connection_may_write_and_does_not_commit_by_itself() -> None:
+    """What is not known must not excuse another attempt."""
+    closed = Closed()
+    assert not autocommits(closed)
+    assert not is_read_only(closed)
+
+
+def test_each_driver_can_be_asked_when_it_is_closed(engine: Engine) -> None:
+    """After the loss of the connection, too."""
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        assert not autocommits(driver)
+        assert not is_standby(driver)
+        connection.invalidate()
+    assert not autocommits(driver)
+    assert not is_standby(driver)

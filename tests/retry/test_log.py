@@ -1,0 +1,145 @@
+"""What the log says of attempts, for people and for machines."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from tests.retry.applications import Restless, flask_app, list_app, protect
+from tests.support.models import make_engine
+from tests.support.proxy import Proxy
+from tests.support.wsgi import drive, make_registry
+from wsgi_dbsession.retry import Retry, run_transaction
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, scoped_session
+
+    from tests.support.models import Database
+
+FIELDS = ("method", "path", "scope", "attempt", "attempts", "error", "obstacle")
+REQUEST = {"method": "POST", "path": "/path", "scope": "POST /path", "attempts": 2}
+
+
+def fields(record: logging.LogRecord) -> dict[str, Any]:
+    return {name: vars(record)[name] for name in FIELDS if name in vars(record)}
+
+
+def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.module == "_policy"]
+
+
+def test_a_retry_and_giving_up_are_logged(
+    plain: scoped_session[Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line for each attempt that failed."""
+    caplog.set_level(logging.INFO)
+    with pytest.raises(Retry):
+        drive(protect(list_app(Restless()), plain, attempts=2), "POST")
+
+    retrying, giving_up = ours(caplog)
+    assert retrying.getMessage() == (
+        "retrying POST /path: attempt 1 of 2 failed with Retry, next in 0.000 s"
+    )
+    assert giving_up.getMessage() == "giving up on POST /path: attempt 2 of 2 failed with Retry"
+    assert (retrying.levelname, giving_up.levelname) == ("INFO", "WARNING")
+    assert fields(retrying) == {**REQUEST, "attempt": 1, "error": "Retry"}
+    assert vars(retrying)["delay"] == 0
+    assert fields(giving_up) == {**REQUEST, "attempt": 2, "error": "Retry"}
+
+
+def test_an_obstacle_is_logged(
+    plain: scoped_session[Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Why an error that is retryable is not retried."""
+    caplog.set_level(logging.INFO)
+
+    def commit() -> None:
+        plain.execute(text("SELECT 1"))
+        plain.commit()
+
+    with pytest.raises(Retry):
+        drive(protect(list_app(Restless(commit)), plain, attempts=2), "POST")
+
+    (record,) = ours(caplog)
+    assert record.getMessage() == (
+        "not retrying POST /path: attempt 1 of 2 failed with Retry, but it has committed"
+    )
+    assert fields(record) == {
+        **REQUEST,
+        "attempt": 1,
+        "error": "Retry",
+        "obstacle": "it has committed",
+    }
+
+
+def test_the_path_of_a_client_forges_no_line(
+    plain: scoped_session[Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Control characters are escaped."""
+    with pytest.raises(Retry):
+        drive(protect(list_app(Restless()), plain, attempts=1), PATH_INFO="/\nroot logged in")
+
+    (record,) = ours(caplog)
+    assert "\n" not in record.getMessage()
+
+
+@pytest.mark.parametrize("by", ["the application", "the middleware"])
+def test_an_unknown_outcome_is_logged_once_as_an_error(
+    by: str, postgres_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the core for its own COMMIT, by the retry for that of the application."""
+    with Proxy.to(postgres_database.url) as proxy:
+        engine = make_engine(proxy.url(postgres_database.url))
+        registry = make_registry(engine)
+
+        def work() -> None:
+            registry.execute(text("INSERT INTO note (text) VALUES ('note')"))
+            if by == "the application":
+                registry.commit()
+
+        proxy.eat_commit_answer()
+        if by == "the application":
+            assert drive(protect(flask_app(work), registry), "POST").status[:3] == "500"
+        else:
+            with pytest.raises(DBAPIError):
+                drive(protect(flask_app(work), registry), "POST")
+        engine.dispose()
+
+    records = [record for record in caplog.records if record.name == "wsgi_dbsession"]
+    (record,) = [record for record in records if record.levelname == "ERROR"]
+    assert "outcome unknown" in record.getMessage()
+    assert "POST /path" in record.getMessage()
+    if by == "the application":
+        assert record.getMessage() == (
+            "not retrying POST /path: attempt 1 of 3 lost its connection during COMMIT, "
+            "outcome unknown"
+        )
+        assert fields(record) == {**REQUEST, "attempt": 1, "attempts": 3}
+
+
+def test_an_attempt_of_a_job_that_is_retried_logs_no_error(
+    postgres_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The core's own line on a failed commit comes for the attempt that stays."""
+    caplog.set_level(logging.INFO)
+    registry = make_registry(postgres_database.engine)
+
+    def job() -> None:
+        registry.execute(text("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$"))
+
+    def swallow() -> None:
+        with pytest.raises(DBAPIError):
+            job()
+
+    for each in (job, swallow):
+        caplog.clear()
+        with pytest.raises(SQLAlchemyError):
+            run_transaction(each, registry, attempts=2, backoff=0)
+        levels = [record.levelname for record in caplog.records]
+        # A swallowed error makes the COMMIT fail.
+        assert levels == ["INFO", *(["ERROR"] if each is swallow else []), "WARNING"]
+        assert vars(ours(caplog)[0])["scope"] == f"{each.__qualname__}()"

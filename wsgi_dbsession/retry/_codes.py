@@ -1,0 +1,103 @@
+"""What an error of a database means for another attempt."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
+
+from wsgi_dbsession._driver import codes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from sqlalchemy.engine import ExceptionContext
+
+RETRYABLE_CODES: Mapping[str, str] = MappingProxyType(
+    {
+        "40001": "serialization failure: standard SQL; a deadlock in SQL Server through ODBC",
+        "40P01": "deadlock: PostgreSQL, YugabyteDB",
+        "1213": "deadlock, or a conflict between the nodes of Galera: MySQL, MariaDB",
+        "1205": "lock wait timeout: MySQL, MariaDB; deadlock: SQL Server",
+        "1020": "the row has changed since it was read: MariaDB with innodb_snapshot_isolation",
+        "ORA-00060": "deadlock: Oracle",
+        "ORA-08177": "serialization failure: Oracle",
+    }
+)
+"""Errors with which a database promises that nothing was committed and a new try may succeed."""
+
+# After an error that was not followed by a rollback, PostgreSQL accepts nothing else.
+_IN_FAILED_TRANSACTION = "25P02"
+
+# A deadlock ends the transaction in MySQL and MariaDB, and its savepoints with it: the rollback to
+# one of them, which follows, fails.
+_NO_SAVEPOINT = "1305"
+
+# The answer to a COMMIT that leaves open whether it took place: connection exceptions, an operator
+# who ended the server's process, 40003, "statement completion unknown", and a node of Galera that
+# lost the others.
+_OPEN = ("08", "57P", "40003", "1180", "1047")
+
+# Where the connection is lost during these, the transaction may be committed, now or later by
+# whoever finds that it was prepared.
+_COMMITS = ("COMMIT", "END", "PREPARE TRANSACTION", "XA ")
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether SQLAlchemy found the connection dead when it sent a statement."""
+    return (
+        isinstance(error, DBAPIError)
+        and error.connection_invalidated
+        and error.statement is not None
+    )
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Return whether this error only follows from an earlier one without a rollback."""
+    if isinstance(error, PendingRollbackError):
+        return True
+    found = list(codes(error))
+    return _IN_FAILED_TRANSACTION in found or (
+        _NO_SAVEPOINT in found and "SAVEPOINT" in str(error)
+    )
+
+
+def is_refusal(context: ExceptionContext) -> bool:
+    """Return whether the database answered a COMMIT, and answered no."""
+    error = context.sqlalchemy_exception or context.original_exception
+    return (
+        isinstance(error, DBAPIError)
+        and not context.is_disconnect
+        and not error.connection_invalidated
+        and not any(code.startswith(_OPEN) for code in codes(error))
+    )
+
+
+def is_lost_commit(context: ExceptionContext) -> bool:
+    """Return whether the connection was lost in a statement that commits or prepares to."""
+    statement = context.statement
+    return (
+        context.is_disconnect
+        and statement is not None
+        and statement.lstrip().upper().startswith(_COMMITS)
+    )
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Return an error, what caused it, what caused that, and so on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the class of an error, and its code, for a log line."""
+    original = error.orig if isinstance(error, DBAPIError) and error.orig else error
+    found = list(codes(error))
+    what = next((code for code in found if code in RETRYABLE_CODES), None)
+    if what is None and is_lost_connection(error):
+        what = "connection lost"
+    return type(original).__name__ + (f" ({what})" if what else "")

@@ -1,0 +1,44 @@
+"""What the driver's connection tells about writes, without a round trip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def autocommits(driver: Any) -> bool:
+    """Return whether the driver was told to commit each statement, by whomever."""
+    try:
+        ask = getattr(driver, "get_autocommit", None)
+        if ask is not None:  # PyMySQL, mysqlclient
+            return bool(ask())
+        # psycopg, psycopg2, pg8000, pyodbc, oracledb
+        return getattr(driver, "autocommit", False) is True
+    except Exception:  # it is closed
+        return False
+
+
+def is_read_only(driver: Any) -> bool:
+    """Return whether PostgreSQL refuses every write at AUTOCOMMIT on this connection.
+
+    Asked of what the server reports by itself, from version 14 on. The execution option
+    ``postgresql_readonly`` is not looked at: at AUTOCOMMIT, psycopg ignores it.
+    """
+    return is_standby(driver) or _parameter(driver, "default_transaction_read_only") == "on"
+
+
+def is_standby(driver: Any) -> bool:
+    """Return whether the server of this connection is a standby of PostgreSQL."""
+    return _parameter(driver, "in_hot_standby") == "on"
+
+
+def _parameter(driver: Any, name: str) -> str | None:
+    found: str | None
+    try:
+        status = getattr(getattr(driver, "info", None), "parameter_status", None)
+        if status is not None:  # psycopg, psycopg2
+            found = status(name)
+        else:  # pg8000
+            found = getattr(driver, "parameter_statuses", {}).get(name)
+    except Exception:  # it is closed
+        return None
+    return found

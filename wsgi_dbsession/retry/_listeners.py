@@ -1,0 +1,137 @@
+"""What tells the running attempts of commits and errors, wherever they come from.
+
+Not the events of connections, though one of them is for COMMIT: whoever listens to any of them
+slows down every statement of the process, by a sixth for a small one. The methods of a dialect
+that send a COMMIT see the same, also where nobody's Session sends it.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import Pool
+
+from ._attempt import attempts
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Dialect
+    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.orm import SessionTransaction
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+    from ._attempt import Attempt
+
+_watched: weakref.WeakSet[Dialect] = weakref.WeakSet()
+
+
+def listen() -> None:
+    """Listen to all Sessions, pools and engines, even those that belong to no registry."""
+    if event.contains(Session, "after_begin", _on_begin):
+        return
+    event.listen(Pool, "checkout", _on_checkout)
+    event.listen(Engine, "handle_error", _on_error)
+    event.listen(Session, "after_begin", _on_begin)
+    event.listen(Session, "after_commit", _on_commit)
+    event.listen(Session, "after_soft_rollback", _on_soft_rollback)
+
+
+def _on_checkout(_: object, __: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
+    for attempt in attempts():
+        attempt.check_out(proxy)
+
+
+def _on_begin(session: Session, _: SessionTransaction, connection: Connection) -> None:
+    found = attempts()
+    if found:
+        if connection.dialect not in _watched:
+            _watch(connection.dialect)
+        for attempt in found:
+            attempt.begin(session, connection)
+
+
+def _on_commit(session: Session) -> None:
+    if not session.in_nested_transaction():
+        for attempt in attempts():
+            attempt.end_indirect_commit()
+
+
+def _on_soft_rollback(_: Session, transaction: SessionTransaction) -> None:
+    # A flush may fail with an error that the database knows nothing of: StaleDataError.
+    error = sys.exc_info()[1]
+    if error is not None and not transaction.nested and not isinstance(error, DBAPIError):
+        for attempt in attempts():
+            attempt.note(error)
+
+
+def _on_error(context: ExceptionContext) -> None:
+    unknown = [attempt for attempt in attempts() if attempt.fail(context)]
+    error = context.sqlalchemy_exception
+    if unknown and isinstance(error, DBAPIError):
+        error.add_detail("Outcome unknown: the transaction may have been committed.")
+
+
+def _watch(dialect: Any) -> None:
+    """Learn what an engine's dialect commits and rolls back.
+
+    Methods of a dialect are there to be replaced in subclasses; an engine that exists has an
+    object.
+    """
+    _watched.add(dialect)
+    commit, rollback = dialect.do_commit, dialect.do_rollback
+
+    # The core looks for these names in tracebacks.
+    def do_commit(connection: PoolProxiedConnection) -> None:
+        found = _start()
+        commit(connection)
+        for attempt in found:
+            attempt.end_commit(connection.dbapi_connection)
+
+    def do_rollback(connection: PoolProxiedConnection) -> None:
+        for attempt in attempts():
+            attempt.roll_back(connection.dbapi_connection)
+        rollback(connection)
+
+    dialect.do_commit, dialect.do_rollback = do_commit, do_rollback
+    _watch_phases(dialect)
+
+
+def _watch_phases(dialect: Any) -> None:
+    prepare, commit = dialect.do_prepare_twophase, dialect.do_commit_twophase
+    rollback = dialect.do_rollback_twophase
+
+    def do_prepare_twophase(connection: Connection, xid: object) -> None:
+        found = _start()
+        prepare(connection, xid)
+        for attempt in found:
+            attempt.end_phase()
+
+    def do_commit_twophase(connection: Connection, *args: Any, **options: Any) -> None:
+        found = _start()
+        commit(connection, *args, **options)
+        for attempt in found:
+            attempt.end_commit(connection.connection.dbapi_connection)
+
+    def do_rollback_twophase(
+        connection: Connection, xid: object, is_prepared: bool = True, recover: bool = False
+    ) -> None:
+        # A prepared transaction that is not undone may still be committed.
+        found = _start() if is_prepared else []
+        rollback(connection, xid, is_prepared, recover)
+        for attempt in found:
+            attempt.end_phase()
+
+    dialect.do_prepare_twophase = do_prepare_twophase
+    dialect.do_commit_twophase = do_commit_twophase
+    dialect.do_rollback_twophase = do_rollback_twophase
+
+
+def _start() -> list[Attempt]:
+    found = attempts()
+    for attempt in found:
+        attempt.start_commit()
+    return found

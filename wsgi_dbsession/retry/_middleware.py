@@ -1,0 +1,99 @@
+"""The middleware: its arguments, its place, and its seam to the core."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wsgi_dbsession._middleware import SessionMiddleware
+from wsgi_dbsession._scope import find_scope
+
+from ._attempt import KEY
+from ._listeners import listen
+from ._observer import OBSERVER
+from ._policy import Policy, check_not_negative
+from ._request import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+    from ._policy import On
+
+
+class RetryMiddleware:
+    """Run a request again when it lost a race, as if the first attempt had never been.
+
+    ::
+
+        app.wsgi_app = RetryMiddleware(SessionMiddleware(app.wsgi_app, Session))
+
+    A request is run again when its error, or the last database error before its error page (a
+    response with status 4xx or 5xx), :func:`is_retryable`. Never when a block of the response was
+    sent, when anything was committed in it, or when the connection was lost during COMMIT.
+
+    Each attempt gets a copy of the environ as it was before the first, with a body that begins
+    anew, and with ``environ["wsgi_dbsession.attempt"]``, counted from 1, and
+    ``environ["wsgi_dbsession.attempts"]``, the number of the last one. Hooks of
+    :meth:`Scope.on_commit` run for the attempt that is committed, those of
+    :meth:`Scope.on_rollback` for each that is rolled back.
+
+    :param app: the :class:`SessionMiddleware`. Other middleware goes around this one, or inside
+        of that one.
+    :param attempts: how often a request is run at most.
+    :param max_body: a request with a longer body, in bytes, is run once.
+    :param backoff: the second attempt begins after a random delay of at most this many seconds;
+        the limit doubles with each further one.
+    :param backoff_max: the largest limit of that delay.
+    :param timeout: no attempt begins later than this many seconds after the first.
+    :param on: what to retry besides: an exception class, a tuple of them, or a callable that gets
+        an ``Exception`` and returns whether to retry it. It answers for the promise that nothing
+        was committed.
+    :param retry_connect: whether to retry where no connection to the database could be made.
+    :raises TypeError: the application is not a :class:`SessionMiddleware`, or ``on`` is neither
+        exception classes nor callable.
+    :raises ValueError: a number is too small.
+    """
+
+    def __init__(
+        self,
+        app: SessionMiddleware,
+        *,
+        attempts: int = 3,
+        max_body: int = 1 << 20,
+        backoff: float = 0.05,
+        backoff_max: float = 1.0,
+        timeout: float = 10.0,
+        on: On = (),
+        retry_connect: bool = False,
+    ) -> None:
+        kind: type = type(app)  # of which the annotation knows only what it should be
+        if not issubclass(kind, SessionMiddleware):
+            msg = (
+                f"app must be a SessionMiddleware, got {app!r}. Write "
+                "RetryMiddleware(SessionMiddleware(app, Session)), with other middleware around "
+                "both or inside of both"
+            )
+            raise TypeError(msg)
+        check_not_negative("max_body", max_body, "bytes")
+        self.app = app
+        self._max_body = max_body
+        self._policy = Policy(attempts, backoff, backoff_max, timeout, on, retry_connect).check()
+        if OBSERVER not in app.observers:
+            app.observers += (OBSERVER,)
+        listen()
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Handle one request."""
+        scope = find_scope()
+        if scope is not None and scope.environ is environ:
+            if KEY in environ:
+                return self.app(environ, start_response)  # the outermost one decides
+            msg = (
+                "RetryMiddleware is inside of a SessionMiddleware, so it cannot undo an attempt. "
+                "Put it around the outermost one: "
+                "RetryMiddleware(SessionMiddleware(app, Session))"
+            )
+            raise RuntimeError(msg)
+        request = Request(self._policy, self.app, environ, start_response, self._max_body)
+        return request.respond()

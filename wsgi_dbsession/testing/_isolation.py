@@ -169,6 +169,8 @@ class Isolation:
             return
         self._factories.add(factory)
         bind, binds = factory.kw.get("bind"), factory.kw.get("binds")
+        if bind is None:  # a class of Sessions may have one, as those of wsgi_dbsession.replica
+            bind = getattr(factory.class_, "dbsession_bind", None)
         chooses = factory.class_.get_bind is not Session.get_bind
         if bind is None and not binds and not chooses:
             msg = (

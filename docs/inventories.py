@@ -34,6 +34,7 @@ PAGES: dict[str, dict[str, str]] = {
         """,
         "library/contextvars.html": "contextvars.Context contextvars.ContextVar",
         "library/contextlib.html": "contextlib.AbstractContextManager",
+        "library/datetime.html": "datetime.datetime datetime.timedelta",
         "library/exceptions.html": """
             builtins.AssertionError builtins.BaseException builtins.Exception builtins.OSError
             builtins.ResourceWarning builtins.RuntimeError builtins.TypeError builtins.ValueError
@@ -49,6 +50,8 @@ PAGES: dict[str, dict[str, str]] = {
         "library/typing.html": "typing.Any typing.Literal",
     },
     "sqlalchemy": {
+        "core/engines.html": "sqlalchemy.engine.URL",
+        "core/metadata.html": "sqlalchemy.schema.MetaData sqlalchemy.schema.Table",
         "core/connections.html": "sqlalchemy.engine.Connection sqlalchemy.engine.Engine",
         "core/exceptions.html": """
             sqlalchemy.exc.DBAPIError sqlalchemy.exc.IntegrityError
@@ -76,6 +79,7 @@ OURS = {"wsgi_dbsession._step.Step": "Scope", "Step": "Scope"}
 PLAIN = frozenset(
     [
         "CommitOn",
+        "F",
         "CommitVeto",
         "Headers",
         "Moment",

@@ -25,7 +25,7 @@ WORDS = {
     r"\bhands? on\b": "send, pass, release",
     r"\btak(e|es|ing) note\b": "record",
 }
-_END = re.compile(r"[.!?:·][)\"*_`]*$")
+_END = re.compile(r"[.!?:;·][)\"*_`]*$")
 _INNER = re.compile(r"(?<!\be\.g)(?<!\bi\.e)[.!?][)\"*_]* +(?=[A-Z`*\"(])")
 
 
@@ -48,7 +48,7 @@ def lines(document: str) -> Iterator[Prose]:
             fence = mark[1]
         elif text.startswith("<!--") and "-->" not in text:
             fence = "-->"
-        elif text and not re.match(r"[#|]|<!--|!\[|Next: ", text):
+        elif text and not line.startswith("    ") and not re.match(r"[#|]|<!--|!\[|Next: ", text):
             yield Prose(number, re.sub(r"^([-*]|\d+\.) +", "", text))
 
 

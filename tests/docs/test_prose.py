@@ -14,11 +14,9 @@ if TYPE_CHECKING:
 
 #: made from a file elsewhere
 INCLUDED = {"benchmarks.md", "changes.md"}
-#: still in the words of the first edition
-BEING_REWRITTEN = {"testing.md"}
 PAGES = [
     *sorted(path for path in ROOT.glob("*.md") if path.name not in ("CHANGES.md", "LICENSE.md")),
-    *sorted(path for path in DOCS.rglob("*.md") if path.name not in INCLUDED | BEING_REWRITTEN),
+    *sorted(path for path in DOCS.rglob("*.md") if path.name not in INCLUDED),
 ]
 
 

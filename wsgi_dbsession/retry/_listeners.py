@@ -16,6 +16,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
+from wsgi_dbsession._driver import is_read_only
+
 from ._attempt import attempts
 
 if TYPE_CHECKING:
@@ -48,7 +50,8 @@ def _on_checkout(_: object, __: ConnectionPoolEntry, proxy: PoolProxiedConnectio
 def _on_begin(session: Session, _: SessionTransaction, connection: Connection) -> None:
     found = attempts()
     if found:
-        if connection.dialect not in _watched:
+        # What only reads may commit as often as it likes.
+        if connection.dialect not in _watched and not is_read_only(connection):
             _watch(connection.dialect)
         for attempt in found:
             attempt.begin(session, connection)

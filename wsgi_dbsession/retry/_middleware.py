@@ -14,7 +14,7 @@ from ._policy import Policy, check_not_negative
 from ._request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
@@ -82,6 +82,15 @@ class RetryMiddleware:
         if OBSERVER not in app.observers:
             app.observers += (OBSERVER,)
         listen()
+
+    def retry_on(self, choose: Callable[[Exception], bool]) -> None:
+        """Retry other errors, too: for a middleware around this one, at its construction.
+
+        :param choose: returns whether to retry an error. It is called as soon as the error comes,
+            and again when the attempt is over. It answers for the promise that nothing was
+            committed.
+        """
+        self._policy = self._policy._replace(also=(*self._policy.also, choose))
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Handle one request."""

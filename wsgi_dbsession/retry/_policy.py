@@ -30,6 +30,7 @@ class Policy(NamedTuple):
     timeout: float
     on: On
     retry_connect: bool
+    also: tuple[Callable[[Exception], bool], ...] = ()  # of middleware around this one
 
     def check(self) -> Policy:
         """Return this policy.
@@ -58,6 +59,8 @@ class Policy(NamedTuple):
         return None
 
     def _chooses(self, error: Exception) -> bool:
+        if any(choose(error) for choose in self.also):
+            return True
         on = self.on
         if isinstance(on, (type, tuple)):
             return isinstance(error, on)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection
 
 from wsgi_dbsession._driver import codes, is_autocommit
+from wsgi_dbsession._driver import is_read_only as refuses_writes
 from wsgi_dbsession._scope import scopes
 
 from ._codes import (
@@ -164,6 +165,8 @@ class Attempt:
 
     def check_out(self, proxy: PoolProxiedConnection) -> None:
         """Record that a connection left its pool."""
+        if is_standby(proxy.dbapi_connection):
+            return  # where a replica was asked how far it is, say
         # Once only: a listener may ask the pool for another one, which comes the same way.
         others = [ref for ref in self._loose if ref() is not proxy]
         self._loose = (*others, weakref.ref(proxy))

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection
 
 from wsgi_dbsession._driver import codes, is_autocommit
-from wsgi_dbsession._driver import is_read_only as refuses_writes
 from wsgi_dbsession._scope import scopes
 
 from ._codes import (

@@ -16,8 +16,6 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
-from wsgi_dbsession._driver import is_read_only
-
 from ._attempt import attempts
 from ._drivers import is_marked_read_only
 

@@ -14,7 +14,7 @@ from ._policy import Policy, check_not_negative
 from ._request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 

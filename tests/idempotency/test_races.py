@@ -111,7 +111,8 @@ def wait_for_others(place: Place, number: int = 2) -> None:
         with place.observer.connect() as connection:
             return bool((connection.scalar(text(waiting)) or 0) >= number)
 
-    wait_until(is_waiting, f"{number} requests wait")
+    # InnoDB refreshes that table only if it was not read for 0.1 seconds.
+    wait_until(is_waiting, f"{number} requests wait", pause=0.25)
 
 
 # -- not waiting ----------------------------------------------------------------------------------

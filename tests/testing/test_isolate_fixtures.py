@@ -65,6 +65,7 @@ def test_a_test_arranges_rows_and_looks_at_them(any_shop: pytest.Pytester) -> No
             assert texts() == ["arranged", "half"]
             assert dbsession_isolation[-1].outcome == "commit"
             assert dbsession_isolation[0].scope is dbsession_scope
+            assert dbsession_scope.name == "dbsession_scope"
             Session.rollback()
             assert texts() == ["arranged", "half"]
         """

@@ -232,15 +232,22 @@ def test_a_forked_process_sends_nothing(postgres_database: Database) -> None:
         session = registry.session_factory()
         session.add(Note(text="a"))
         session.flush()
+        driver: Any = session.connection().connection.dbapi_connection
+        unused = registry.session_factory()
+        unused.connection()
         child = os.fork()
         if child == 0:
             code = 1
             try:
+                os.close(driver.fileno())
+                assert unused.connection().connection is not None
                 session.close()
+                unused.close()
                 code = 0
             finally:
                 os._exit(code)
         assert os.waitpid(child, 0)[1] == 0
+        unused.close()
         session.commit()
         session.close()
         assert notes(registry) == ["a"]

@@ -204,6 +204,7 @@ def test_a_connection_knows_what_it_has_written(registry: Registry, write: Work)
             assert connection.has_written()
             registry.rollback()
             assert not connection.has_written()
+    assert not connection.has_written()
 
 
 def test_a_server_that_counts_no_rows_is_asked_for_locks(postgres_database: Database) -> None:

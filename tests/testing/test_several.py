@@ -82,7 +82,8 @@ def test_two_phase_transactions_over_two_databases_are_one(
                 registry.add(Book(author_id=7))
 
     with isolate(*registries):
-        request(make_app(work, *registries, commit_error=make_app(int, registries[0])))
+        failed = make_app(int, registries[0], status="503 Service Unavailable")
+        request(make_app(work, *registries, commit_error=failed))
         for registry in registries:
             assert notes(registry) == (["x"] if failing is None else [])
     for each in both:
@@ -126,7 +127,8 @@ def test_a_session_class_that_chooses_its_engine_is_isolated(both: list[Database
             return chosen[-1] if chosen else super().get_bind(*arguments, **options)
 
     registry = make_registry(both[0].engine, class_=Choosing)
-    before = registry.session_factory.class_
+    with session_scope(registry):  # which adopts it, and gives it a class that can be
+        before = registry.session_factory.class_
     with isolate(registry):
         add(registry, "by its bind")
         chosen.append(both[1].engine)

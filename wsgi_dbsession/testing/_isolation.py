@@ -153,7 +153,7 @@ class Isolation:
 
         If that undoes what requests have committed, it is not reported: the test is over.
         """
-        with session_scope(*registries) as scope:
+        with session_scope(*registries, name="dbsession_scope") as scope:
             try:
                 yield scope
             finally:

@@ -80,24 +80,30 @@ class _Recorder(Observer):
 
     def __init__(self) -> None:
         self.outcomes: list[Recorded] = []
+        # A test may clear the list above, or take from it.
+        self._open: list[Recorded] = []
 
     def _find(self, scope: Scope) -> Recorded:
-        return next(each for each in reversed(self.outcomes) if each.scope is scope)
+        return next(each for each in reversed(self._open) if each.scope is scope)
 
     def opened(self, scope: Scope) -> None:
-        self.outcomes.append(Recorded(scope))
+        record = Recorded(scope)
+        self._open.append(record)
+        self.outcomes.append(record)
 
     def hook_called(self, scope: Scope, hook: Callable[..., object]) -> None:
         self._find(scope).hooks.append(hook)
 
     def settled(self, scope: Scope) -> None:
-        record = self._find(scope)
         assert scope.outcome is not None
         assert scope.reason is not None
-        record.settled.append((scope.outcome, scope.reason))
+        self._find(scope).settled.append((scope.outcome, scope.reason))
 
     def closed(self, scope: Scope) -> None:
         record = self._find(scope)
+        if record.outcome is not None and not record.settled:
+            self.settled(scope)  # a response that was dropped before
+        self._open.remove(record)
         record.ended = True
         record.scope = None
 

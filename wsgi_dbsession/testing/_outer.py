@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, func, select
 
+from wsgi_dbsession._driver import is_aborted
+
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-# PQTRANS_IDLE and PQTRANS_INERROR of libpq, as psycopg and psycopg2 show them, and the status of
-# PostgreSQL's protocol, as pg8000 keeps it.
-_NONE = (0, b"I")
-_ABORTED = (3, b"E")
+# PQTRANS_IDLE of libpq, as psycopg and psycopg2 show it, and the status of PostgreSQL's protocol,
+# as pg8000 keeps it.
+_IDLE = (0, b"I")
 
 # Of MySQL's protocol, as PyMySQL keeps it.
 _SERVER_STATUS_IN_TRANS = 1
@@ -72,7 +73,7 @@ class OuterTransaction:
         """Return whether the driver knows of no transaction. False if it cannot tell."""
         driver = self.driver
         if (status := _libpq_status(driver)) is not None:
-            return status in _NONE
+            return status in _IDLE
         if self._dialect == "sqlite":
             return not driver.in_transaction
         server_status = getattr(driver, "server_status", None)
@@ -80,7 +81,7 @@ class OuterTransaction:
 
     def is_aborted(self) -> bool:
         """Return whether PostgreSQL accepts nothing but a rollback, after a failed statement."""
-        return _libpq_status(self.driver) in _ABORTED
+        return is_aborted(self.driver)
 
     def rows_written(self) -> int | None:
         """Return a number that grows with each row that is written, or None if there is none."""

@@ -283,7 +283,7 @@ class SharedConnection:
     def before_driver(self, transaction: IsolatedTransaction) -> None:
         """Expect writes of the application on the driver's connection."""
         with self._turn, self.working(transaction):
-            if transaction.is_open and self.loss is None:
+            if transaction.is_open and self._is_usable():
                 self._switch(transaction)
                 self._doubt(transaction)
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import bindparam, event, func, select, text
 from sqlalchemy.exc import DBAPIError
 
-from tests.support.models import Note, make_engine
+from tests.support.models import Author, Note, make_engine
 from tests.support.postgres import DRIVERS
 from tests.support.wsgi import make_registry
 from tests.testing.applications import add, make_app, notes, problem, request
@@ -296,3 +296,61 @@ def test_a_setting_that_cannot_be_made_again_leaves_no_transaction(
     with engine.begin() as connection:
         connection.execute(text("SET ROLE none"))
         connection.execute(text(f"DROP ROLE {role}"))
+
+
+@pytest.fixture
+def secured(postgres_database: Database) -> Iterator[str]:
+    """A role that reads and writes only the notes of its tenant."""
+    role = f"tenant_of_{postgres_database.url.database}"
+    with postgres_database.observer.begin() as connection:
+        for statement in (
+            f"CREATE ROLE {role}",
+            f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}",
+            f"GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {role}",
+            "ALTER TABLE note ENABLE ROW LEVEL SECURITY",
+            "CREATE POLICY own ON note USING (text = current_setting('app.tenant', true))",
+        ):
+            connection.execute(text(statement))
+    yield role
+    with postgres_database.observer.begin() as connection:
+        for statement in (
+            "DROP POLICY own ON note",
+            "ALTER TABLE note DISABLE ROW LEVEL SECURITY",
+            f"DROP OWNED BY {role}",
+            f"DROP ROLE {role}",
+        ):
+            connection.execute(text(statement))
+
+
+def test_row_level_security_works(postgres_database: Database, secured: str) -> None:
+    """Each transaction has the role and the tenant that a listener gives it, and no other."""
+    registry = make_registry(postgres_database.engine)
+
+    @event.listens_for(registry, "after_begin")
+    def secure(session: object, transaction: object, connection: Connection) -> None:
+        name = current_scope().info.get("tenant", "")
+        if name:
+            connection.execute(text(f"SET LOCAL ROLE {secured}"))
+            connection.execute(select(func.set_config("app.tenant", name, True)))
+
+    def visible() -> list[str]:
+        return list(registry.scalars(select(Note.text)))
+
+    with isolate(registry):
+        with session_scope(registry) as one:
+            one.info["tenant"] = "one"
+            registry.add(Note(text="one"))
+            with pytest.raises(DBAPIError, match="row-level security"), registry.begin_nested():
+                registry.add(Note(text="two"))
+            with session_scope(registry) as two:
+                two.info["tenant"] = "two"
+                registry.add(Note(text="two"))
+                registry.add(Author(id=1))
+                assert visible() == ["two"]
+            assert visible() == ["one"]
+        assert notes(registry) == ["one", "two"]
+        with session_scope(registry) as two:
+            two.info["tenant"] = "two"
+            assert visible() == ["two"]
+            two.doom()
+        assert notes(registry) == ["one", "two"]

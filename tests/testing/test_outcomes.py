@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import create_engine, select
 
+from tests.support.models import Note
 from tests.support.wsgi import make_registry
 from tests.testing.applications import Registry, make_app, request
 from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
@@ -144,3 +145,16 @@ def test_a_scope_of_several_registries_is_listed_once(database: Database) -> Non
     with session_scope(one, two):
         pass
     assert (len(outer), len(inner)) == (4, 2)
+
+
+def test_the_list_may_be_cleared(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
+    """Between two looks, also while a scope is open: its record goes on."""
+    with record_outcomes(registry) as outcomes:
+        with session_scope(registry) as scope:
+            (record,) = outcomes
+            outcomes.clear()
+            registry.scalars(select(Note)).all()
+            scope.on_commit(int)
+        assert outcomes == []
+        assert (record.outcome, record.hooks, record.ended) == ("commit", [int], True)
+    assert caplog.text == ""

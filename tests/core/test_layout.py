@@ -58,17 +58,6 @@ FLOORS = {
     "replica._routing": 6,
     "replica._commit": 7,
     "replica._replicas": 8,
-    "watch._here": 6,
-    "watch._line": 6,
-    "watch._page": 6,
-    "watch._statement": 6,
-    "watch._board": 7,
-    "watch._holder": 7,
-    "watch._show": 8,
-    "watch._guard": 9,
-    "watch._account": 10,
-    "watch._pool": 11,
-    "watch._watch": 12,
 }
 # Known to type checkers without being installed.
 TYPING_ONLY = {"_typeshed", "typing_extensions"}

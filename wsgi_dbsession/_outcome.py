@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ._fork import inherited
 from ._report import add_note, describe, describe_path, log
 from ._step import Step
-from ._transaction import Commit, Truth, is_autocommit, is_inherited, rollback, undo
+from ._transaction import Commit, Truth, is_autocommit, is_begun, is_inherited, rollback, undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,7 +127,7 @@ class Unit(Step):
         if self.outcome is None:
             return True
         for session in self.sessions.values():  # noqa: SIM110 - any() costs two calls more
-            if session.in_transaction():
+            if is_begun(session):
                 return True
         return False
 
@@ -320,7 +320,7 @@ class Unit(Step):
         interruption = None
         while self.sessions:
             session = self.sessions.pop(next(iter(self.sessions)))
-            session.dbsession_discard = None  # type: ignore[attr-defined]
+            session.dbsession_scope = None  # type: ignore[attr-defined]
             failure = undo(session, "close")
             interruption = interruption or failure
         return interruption

@@ -70,16 +70,16 @@ class SessionRegistry(ScopedRegistry[Session]):
         session = None if scope is None else scope.sessions.get(self)
         if scope is not None and session is not None:
             session.close()  # a Session that is forgotten is not to keep its connection
-            session.dbsession_discard = None  # type: ignore[attr-defined]
+            session.dbsession_scope = None  # type: ignore[attr-defined]
             scope.sessions.pop(self, None)
 
     def _keep(self, scope: Scope, session: Session) -> None:
-        session.dbsession_discard = scope.discarded  # type: ignore[attr-defined]
+        session.dbsession_scope = scope  # type: ignore[attr-defined]
         session.dbsession_pid = os.getpid()  # type: ignore[attr-defined]
         scope.sessions[self] = session
         if not scope.in_step:
             # Its step ended in another thread while the Session was being made.
-            session.dbsession_discard = None  # type: ignore[attr-defined]
+            session.dbsession_scope = None  # type: ignore[attr-defined]
             if scope.sessions.pop(self, None) is not None:
                 session.close()
             current_scope()
@@ -158,9 +158,8 @@ def _after_flush(session: AdoptedSession, _: object) -> None:
 
 def _after_rollback(session: AdoptedSession, transaction: SessionTransaction) -> None:
     if transaction.nested:
-        scope = find_scope()
-        if scope is not None:
-            scope.drop_hooks(transaction)
+        if session.dbsession_scope is not None:
+            session.dbsession_scope.drop_hooks(transaction)
     elif transaction.parent is None:
         session.dbsession_flushed = False
 

@@ -85,7 +85,8 @@ def respond(
             result.begin()
             return result
         except BaseException as error:
-            scope.close(error)
+            if scope.environ is not None:  # else the first block has failed, and closed it
+                scope.close(error)
             raise
         finally:
             scope.leave()

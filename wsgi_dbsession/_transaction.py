@@ -16,7 +16,7 @@ from . import _driver
 from ._report import log
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
     from typing import TypeAlias
 
     from sqlalchemy import Connection
@@ -33,28 +33,37 @@ _OPEN = ("08", "57P", "40003", "1180", "1047")
 class AdoptedSession(Session):
     """A Session that reports what a ``close()`` discards; mixed into the application's class."""
 
-    dbsession_discard: Callable[[Session], None] | None = None  # while a scope has it
+    dbsession_scope: Any = None  # that has it, until it is closed
     dbsession_pid: int | None = None  # of the process that made it
     dbsession_flushed = False  # something, in the transaction that runs
     dbsession_committed = False  # by the commit that runs
 
     def close(self) -> None:
         """Close the Session; a scope that has it refuses to commit if it had written."""
-        if self.dbsession_discard is not None and self.in_transaction():
-            self.dbsession_discard(self)
+        self._report_discard()
         super().close()
 
     def reset(self) -> None:
         """Close the Session, see :meth:`close`."""
-        if self.dbsession_discard is not None and self.in_transaction():
-            self.dbsession_discard(self)
+        self._report_discard()
         super().reset()
 
     def invalidate(self) -> None:
         """Close the Session and its connections, see :meth:`close`."""
-        if self.dbsession_discard is not None and self.in_transaction():
-            self.dbsession_discard(self)
+        self._report_discard()
         super().invalidate()
+
+    def _report_discard(self) -> None:
+        if self.dbsession_scope is not None and is_begun(self):
+            self.dbsession_scope.discarded(self)
+
+
+def is_begun(session: Session) -> bool:
+    """Return whether a Session has something to commit or to lose."""
+    return session.in_transaction() or (
+        # Then adding an object begins nothing, and commit() says what is missing.
+        not session.autobegin and bool(session.new or session.dirty or session.deleted)
+    )
 
 
 def connections(session: Session) -> list[tuple[Connection, Transaction]]:
@@ -121,7 +130,7 @@ class Commit:
         :raises BaseException: what SQLAlchemy, a driver or a listener raised; see
             :meth:`explain`. The caller rolls back.
         """
-        begun = [session for session in self._sessions if session.in_transaction()]
+        begun = [session for session in self._sessions if is_begun(session)]
         for session in begun:
             session.flush()
         for session in begun:

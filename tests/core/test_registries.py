@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from sqlalchemy import create_engine
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from tests.support.wsgi import BODIES, Program
+from tests.support.models import Note
+from tests.support.wsgi import BODIES, Program, make_registry
 from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tests.support.models import Database
 
 pytestmark = pytest.mark.promise("constructors")
 
@@ -81,3 +85,18 @@ def test_a_registry_is_counted_once(sqlite_registry: scoped_session[Session]) ->
     with session_scope(sqlite_registry, sqlite_registry) as scope:
         session = sqlite_registry()
         assert list(scope.sessions.values()) == [session]
+
+
+def test_a_session_without_autobegin_loses_nothing(sqlite_database: Database) -> None:
+    """What was added to it without a transaction is not passed over: SQLAlchemy refuses it."""
+    registry = make_registry(sqlite_database.engine, autobegin=False)
+
+    with (
+        pytest.raises(InvalidRequestError, match="Autobegin is disabled"),
+        session_scope(registry),
+    ):
+        registry.add(Note(text="lost"))
+    with session_scope(registry), registry.begin():
+        registry.add(Note(text="kept"))
+
+    assert sqlite_database.notes() == ["kept"]

@@ -54,7 +54,7 @@ def codes(error: BaseException) -> Iterator[str]:
         if isinstance(code, str):
             yield code
     # PEP 249's name tells a database error from, say, an OSError, which has a number too.
-    if not original.args or "DatabaseError" not in _names(type(original)):
+    if not original.args or "DatabaseError" not in _names(original):
         return
     first = original.args[0]
     if isinstance(first, int):  # PyMySQL, mysqlclient, mysql-connector, pymssql
@@ -180,13 +180,13 @@ def _driver_of(connection: Connection) -> Any:
     return connection.connection.dbapi_connection
 
 
-def _names(kind: type) -> list[str]:
-    return [each.__name__ for each in kind.__mro__]
+def _names(instance: object) -> list[str]:
+    return [each.__name__ for each in type(instance).__mro__]
 
 
 def _dialect(connection: Connection) -> list[str]:
     # CockroachDB's dialect is a PGDialect, MariaDB's a MySQLDialect. No import of either.
-    return _names(type(connection.dialect))
+    return _names(connection.dialect)
 
 
 def _rolls_back_on_timeout(driver: Any) -> bool:

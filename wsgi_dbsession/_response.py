@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from ._start import END, HeldStart, body_length, close
 
@@ -140,7 +140,8 @@ class Start(HeldStart):
         self, status: str, headers: Headers, exc_info: OptExcInfo | None = None, /
     ) -> Callable[[bytes], object]:
         """Keep the start, see "The start_response() Callable" in PEP 3333."""
-        if not isinstance(status, str):
+        kind: type = type(status)  # of which the annotation knows only what it should be
+        if not issubclass(kind, str):
             msg = f"status must be a str, got {status!r}, see PEP 3333, A Note On String Types"
             raise TypeError(msg)
         if self.status is not None:
@@ -201,7 +202,8 @@ class Start(HeldStart):
         :raises AssertionError: the application has not called ``start_response``.
         :raises ValueError: ``commit_on`` returned something else.
         """
-        if self._moment is None:
+        moment = self._moment
+        if moment is None:
             choice: Any = self.policy.commit_on
             if callable(choice):
                 if self.status is None:
@@ -210,8 +212,8 @@ class Start(HeldStart):
                 if choice not in MOMENTS:
                     msg = f"commit_on must return one of {MOMENTS}, got {choice!r}"
                     raise ValueError(msg)
-            self._moment = choice
-        return self._moment
+            self._moment = moment = cast("Moment", choice)
+        return moment
 
     def settle_if_due(self, *, complete: bool) -> None:
         """Settle the scope if this is the moment, before a block is sent or at exhaustion.

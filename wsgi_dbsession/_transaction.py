@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sqlalchemy import exc
 from sqlalchemy.orm import Session
@@ -33,6 +33,7 @@ _OPEN = ("08", "57P", "40003", "1180", "1047")
 class AdoptedSession(Session):
     """A Session that reports what a ``close()`` discards; mixed into the application's class."""
 
+    dbsession_lines: ClassVar[set[str]]  # that closed one, and were named in a warning
     dbsession_scope: Any = None  # that has it, until it is closed
     dbsession_pid: int | None = None  # of the process that made it
     dbsession_flushed = False  # something, in the transaction that runs

@@ -84,6 +84,8 @@ def has_written(session: Session) -> bool | None:
     pending = session.new or session.deleted or any(map(session.is_modified, session.dirty))
     if pending or getattr(session, "dbsession_flushed", False):
         return True
+    if not session.is_active:  # a flush has failed: SQLAlchemy has rolled back already
+        return None
     found = {_driver.has_written(connection) for connection, _ in connections(session)}
     return True if True in found else None if None in found else False
 

@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from tests.model.programs import Application, Exchange, Hook, Interruption, RegistryName, Statement
-from tests.model.reference import ORPHAN, Setup, say_sorry, veto
+from tests.model.unit import ORPHAN, Setup, say_sorry, veto
 from tests.support.models import Base, Book, Database, Note, make_engine
 from wsgi_dbsession import Scope, SessionMiddleware, current_scope, session_scope
 

@@ -66,6 +66,7 @@ PROMISES: dict[str, dict[str, str]] = {
     "Nothing is left behind": {
         "cleanup": "Sessions are removed and connections returned, whatever raises.",
         "unclosed": "A response that nobody closes leaves nothing.",
+        "collector": "A finalizer closes Sessions, and sets no context variable.",
         "interruptions": "A connection that was interrupted in a statement is thrown away.",
         "forks": "No process uses a connection of its parent, and none ends its parent's work.",
         "dropped connections": "A dropped connection costs one request, and is not lied about.",

@@ -43,6 +43,7 @@ PROMISES: dict[str, dict[str, str]] = {
         "headers": 'With "headers" the outcome comes before the first block.',
         "complete": "By default the outcome comes before the client has all of the response.",
         "close": 'With "close" the outcome comes when the response is closed.',
+        "chosen moment": "The application may choose the moment for each response.",
         "the rest": "What begins after an outcome gets one of its own at the next moment.",
         "no body": "HEAD, 204 and 304 are whole with their headers, so the outcome comes before.",
         "write": "The outcome comes before the write() that completes the body.",

@@ -91,13 +91,13 @@ def adopt(registries: Iterable[scoped_session[Any]]) -> tuple[SessionRegistry, .
     :raises TypeError: one is not a ``scoped_session`` over a ``sessionmaker``.
     :raises ValueError: there is none, or one has another ``scopefunc``.
     """
-    given = tuple(dict.fromkeys(registries))
+    given = tuple(registries)
     if not given:
         msg = f"registries must not be empty. Pass the application's own: `{_FIX}`"
         raise ValueError(msg)
     for registry in given:
         _check(registry)
-    return tuple(dict.fromkeys(_adopt(registry) for registry in given))
+    return tuple(dict.fromkeys(map(_adopt, given)))
 
 
 def _check(registry: scoped_session[Any]) -> None:

@@ -348,6 +348,7 @@ class Response:
             sent = start.sent
             if block is END:
                 self._complete = True
+                self._blocks = iter(())  # whoever asks again does not ask the application
             else:
                 sent += len(block)
                 self._complete = self._complete or sent >= start.length()

@@ -43,6 +43,7 @@ PROMISES: dict[str, dict[str, str]] = {
         "headers": 'With "headers" the outcome comes before the first block.',
         "complete": "By default the outcome comes before the client has all of the response.",
         "close": 'With "close" the outcome comes when the response is closed.',
+        "chosen moment": "The application may choose the moment for each response.",
         "the rest": "What begins after an outcome gets one of its own at the next moment.",
         "no body": "HEAD, 204 and 304 are whole with their headers, so the outcome comes before.",
         "write": "The outcome comes before the write() that completes the body.",
@@ -66,6 +67,7 @@ PROMISES: dict[str, dict[str, str]] = {
     "Nothing is left behind": {
         "cleanup": "Sessions are removed and connections returned, whatever raises.",
         "unclosed": "A response that nobody closes leaves nothing.",
+        "collector": "A finalizer closes Sessions, and sets no context variable.",
         "interruptions": "A connection that was interrupted in a statement is thrown away.",
         "forks": "No process uses a connection of its parent, and none ends its parent's work.",
         "dropped connections": "A dropped connection costs one request, and is not lied about.",

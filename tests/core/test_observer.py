@@ -456,9 +456,7 @@ def test_what_is_no_observer_is_refused(sqlite_registry: Registry) -> None:
         lambda: observe(sqlite_registry, Observer),  # type: ignore[arg-type]
         lambda: SessionMiddleware(app, sqlite_registry, observers=[duck]),
     ):
-        with pytest.raises(
-            TypeError, match=r"an observer must be .*Derive its class"
-        ):
+        with pytest.raises(TypeError, match=r"an observer must be .*Derive its class"):
             build()
 
 

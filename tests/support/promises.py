@@ -34,6 +34,7 @@ PROMISES: dict[str, dict[str, str]] = {
         "own commits": "What the application committed itself stays committed.",
         "several registries": "All Sessions are flushed before the first is committed.",
         "two-phase": "Two-phase Sessions are prepared before any Session is committed.",
+        "discarded": "A commit is refused where the application discarded what it had written.",
         "aborted": "What the database has aborted is not called a commit.",
         "context": "Flush, commit and hooks see the context of the application.",
         "hooks": "Hooks run in order after the outcome; an error in one is logged only.",

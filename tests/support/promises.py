@@ -36,6 +36,7 @@ PROMISES: dict[str, dict[str, str]] = {
         "two-phase": "Two-phase Sessions are prepared before any Session is committed.",
         "discarded": "A commit is refused where the application discarded what it had written.",
         "aborted": "What the database has aborted is not called a commit.",
+        "truth": "A failed commit says whether it was rolled back, unknown, committed or partly.",
         "context": "Flush, commit and hooks see the context of the application.",
         "hooks": "Hooks run in order after the outcome; an error in one is logged only.",
         "log": "Success logs nothing, and each loss a line.",

@@ -43,6 +43,7 @@ PROMISES: dict[str, dict[str, str]] = {
     "When: the moment": {
         "headers": 'With "headers" the outcome comes before the first block.',
         "complete": "By default the outcome comes before the client has all of the response.",
+        "swallowed": "A failure at the outcome that the application swallows fails the response.",
         "close": 'With "close" the outcome comes when the response is closed.',
         "chosen moment": "The application may choose the moment for each response.",
         "the rest": "What begins after an outcome gets one of its own at the next moment.",

@@ -64,6 +64,7 @@ PROMISES: dict[str, dict[str, str]] = {
         "nested middleware": "Nested middleware within one environ joins the outer scope.",
         "observers": "An observer sees each scope, its outcome and its end, and touches nothing.",
         "in-process requests": "A request made inside of a request has a scope of its own.",
+        "not expired": "The commit that ends a scope does not expire objects.",
         "blocks": "session_scope is a unit of work of its own, also inside of another.",
     },
     "Nothing is left behind": {

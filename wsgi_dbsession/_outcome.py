@@ -171,8 +171,10 @@ class Unit(Step):
         for again in range(100):
             context = self.own(self.context or copy_context())
             context.run(self._settle, error, complete, veto, final)
-            if not self.undecided() or (again and self.outcome == "rollback"):
+            if not self.undecided():
                 return
+            if again and self.outcome == "rollback" and not self._hooks:
+                return  # begun by a listener of each rollback
         msg = (
             "over 100 subsequent outcomes of one scope: does a hook, or a listener of a commit, "
             "begin a new transaction each time?"
@@ -243,15 +245,15 @@ class Unit(Step):
 
     def _run_hooks(self, outcome: Outcome) -> None:
         interruption: BaseException | None = None
-        while self._hooks:
-            hooks, self._hooks = self._hooks, ()
-            for hook in hooks:
-                if hook.outcome == outcome:
-                    if self.observers:
-                        self.tell("hook_called", hook.function)
-                    # An interruption too: the others run, and then it goes on.
-                    failure = hook.run(self.name, self.extra())
-                    interruption = interruption or failure
+        # Those that are registered from here on wait for the outcome of what the hooks begin.
+        hooks, self._hooks = self._hooks, ()
+        for hook in hooks:
+            if hook.outcome == outcome:
+                if self.observers:
+                    self.tell("hook_called", hook.function)
+                # An interruption too: the others run, and then it goes on.
+                failure = hook.run(self.name, self.extra())
+                interruption = interruption or failure
         if interruption is not None:
             raise interruption
 

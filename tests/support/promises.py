@@ -38,6 +38,7 @@ PROMISES: dict[str, dict[str, str]] = {
         "aborted": "What the database has aborted is not called a commit.",
         "context": "Flush, commit and hooks see the context of the application.",
         "hooks": "Hooks run in order after the outcome; an error in one is logged only.",
+        "savepoints": "A hook registered inside of a savepoint is dropped if that is rolled back.",
         "log": "Success logs nothing, and each loss a line.",
     },
     "When: the moment": {

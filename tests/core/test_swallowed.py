@@ -1,317 +1,340 @@
-"""A failure that the application swallows, or a start that writes, is never a false success."""
+"""Errors that the application, or a listener, swallows do not end in a success."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import event
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, PendingRollbackError
 
-from tests.support.errors import AppError, Kill, interrupt_by
-from tests.support.models import Book, Database
-from tests.support.moments import MOMENTS, flush_note, one_block
-from tests.support.wsgi import (
-    BODIES,
-    Program,
-    Server,
-    ask,
-    assert_nothing_left,
-    make_environ,
-)
-from wsgi_dbsession import Scope, SessionMiddleware, current_scope
+from tests.core.discards import DISCARDS
+from tests.support.galera import mariadb
+from tests.support.models import Database, Note, make_engine
+from tests.support.wsgi import ask, make_registry
+from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from sqlalchemy import URL, Engine
     from sqlalchemy.orm import Session, scoped_session
-
-    from tests.support.wsgi import ExcInfo, Headers
-    from wsgi_dbsession._response import CommitOn
 
     Registry = scoped_session[Session]
 
-
-def veto_by_error(environ: WSGIEnvironment, status: str, headers: Headers) -> bool:
-    raise AppError
+pytestmark = pytest.mark.promise("no silent loss", "aborted")
 
 
-# -- out of write() -------------------------------------------------------------------------------
+def fail(session: Session) -> None:
+    with contextlib.suppress(DBAPIError):
+        session.execute(text("SELECT 1/0"))
 
 
-def swallowing(registry: Registry, rest: Callable[[], Iterable[bytes]]) -> WSGIApplication:
-    """Make an application that goes on after whatever write() raises, as some loggers do."""
+# -- PostgreSQL -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["after_flush", "after_flush_postexec", "before_commit"])
+def test_a_listener_may_swallow_the_error(
+    driver_registry: Registry, postgres_database: Database, name: str
+) -> None:
+    """It runs in the flush, or in the commit itself, after the last question."""
+    event.listen(driver_registry.session_factory, name, lambda session, *_: fail(session))
+
+    with (
+        pytest.raises((PendingRollbackError, DBAPIError)),
+        session_scope(driver_registry) as scope,
+    ):
+        driver_registry.add(Note(text="lost"))
+
+    assert (scope.outcome, scope.reason) == ("rollback", "rolled back")
+    assert postgres_database.notes() == []
+
+
+def test_a_listener_of_the_mapper_may_swallow_the_error(
+    postgres_registry: Registry, postgres_database: Database
+) -> None:
+    """Such as one that writes an audit row beside each insert."""
+
+    def audit(_: object, connection: Any, __: object) -> None:
+        with contextlib.suppress(DBAPIError):
+            connection.execute(text("INSERT INTO audit VALUES (1)"))
+
+    event.listen(Note, "after_insert", audit)
+    try:
+        with pytest.raises(PendingRollbackError), session_scope(postgres_registry):
+            postgres_registry.add(Note(text="lost"))
+    finally:
+        event.remove(Note, "after_insert", audit)
+
+    assert postgres_database.notes() == []
+
+
+def test_an_error_that_a_savepoint_took_back_is_none(
+    postgres_registry: Registry, postgres_database: Database
+) -> None:
+    """In a listener of the commit, too."""
+
+    def try_it(session: Session) -> None:
+        if not session.in_nested_transaction():
+            with contextlib.suppress(DBAPIError), session.begin_nested():
+                session.execute(text("SELECT 1/0"))
+
+    event.listen(postgres_registry.session_factory, "before_commit", try_it)
+
+    with session_scope(postgres_registry):
+        postgres_registry.add(Note(text="kept"))
+
+    assert postgres_database.notes() == ["kept"]
+
+
+def test_both_phases_are_asked(
+    postgres_database: Database, other_postgres_database: Database
+) -> None:
+    """PostgreSQL answers PREPARE of an aborted transaction with ROLLBACK, too."""
+    first = make_registry(postgres_database.engine, twophase=True)
+    second = make_registry(other_postgres_database.engine, twophase=True)
+    event.listen(second.session_factory, "before_commit", fail)
+
+    with pytest.raises((PendingRollbackError, DBAPIError)), session_scope(first, second):
+        first.add(Note(text="lost"))
+        second.add(Note(text="lost"))
+
+    assert postgres_database.notes() == other_postgres_database.notes() == []
+
+
+def test_the_driver_is_asked_and_not_the_name_of_the_dialect(postgres_database: Database) -> None:
+    """What speaks PostgreSQL's protocol behaves the same, whatever it is called."""
+    engine = make_engine(postgres_database.url)
+    engine.dialect.name = "cockroachdb"
+    registry = make_registry(engine)
+
+    with pytest.raises(PendingRollbackError), session_scope(registry):
+        registry.add(Note(text="lost"))
+        registry.flush()
+        fail(registry())
+
+    assert postgres_database.notes() == []
+    engine.dispose()
+
+
+# -- SQLite ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["BEGIN recipe", "legacy transactions"])
+def unique(request: pytest.FixtureRequest, sqlite_database: Database) -> Iterator[Registry]:
+    """A registry over SQLite, where the note 1 is there already."""
+    engine: Engine = sqlite_database.engine
+    if request.param == "legacy transactions":
+        engine = create_engine(sqlite_database.url)
+    with sqlite_database.observer.begin() as connection:
+        connection.execute(text("INSERT INTO note VALUES (1, 'there')"))
+    yield make_registry(engine)
+    engine.dispose()
+
+
+def insert_or_rollback(registry: Registry) -> None:
+    with pytest.raises(IntegrityError):
+        registry.execute(text("INSERT OR ROLLBACK INTO note VALUES (1, 'again')"))
+
+
+def test_sqlite_may_end_the_transaction(unique: Registry, sqlite_database: Database) -> None:
+    """What was written before is gone, and a commit would keep the other half."""
+    with (
+        pytest.raises(PendingRollbackError, match="UNIQUE constraint failed"),
+        session_scope(unique),
+    ):
+        unique.execute(text("INSERT INTO note (text) VALUES ('lost')"))
+        insert_or_rollback(unique)
+
+    assert sqlite_database.notes() == ["there"]
+
+
+def test_where_nothing_was_written_nothing_is_lost(
+    unique: Registry, sqlite_database: Database
+) -> None:
+    """The first statement of the transaction: what comes after it is all there is."""
+    with session_scope(unique):
+        insert_or_rollback(unique)
+
+    assert sqlite_database.notes() == ["there"]
+
+
+# -- MariaDB --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["time-out", "time-out rolls back"])
+def mariadb_url(request: pytest.FixtureRequest) -> Iterator[URL]:
+    """A server with each way to treat a lock that is waited for too long."""
+    with mariadb(f"--innodb-rollback-on-timeout={request.param}") as server:
+        yield server.url().update_query_dict({"rolls_back": str(request.param)})
+
+
+@pytest.fixture
+def accounts(mariadb_url: URL) -> Iterator[Engine]:
+    """Two accounts."""
+    engine = create_engine(mariadb_url.difference_update_query(["rolls_back"]))
+    with engine.begin() as connection:
+        connection.execute(text("CREATE OR REPLACE TABLE account (id INT PRIMARY KEY, n INT)"))
+        connection.execute(text("INSERT INTO account VALUES (1, 0), (2, 0), (3, 0)"))
+    yield engine
+    engine.dispose()
+
+
+def numbers(engine: Engine) -> list[int]:
+    with engine.connect() as connection:
+        return list(connection.scalars(text("SELECT n FROM account ORDER BY id")))
+
+
+def count_up(number: int) -> Any:
+    return text(f"UPDATE account SET n = n + 1 WHERE id = {number}")
+
+
+def lose_a_race(registry: Registry, engine: Engine) -> None:
+    """Be the one of two crosswise transactions that MariaDB rolls back."""
+    ready, go_on = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with engine.begin() as connection:
+            # The one with fewer changes is the victim.
+            for _ in range(3):
+                connection.execute(count_up(2))
+            connection.execute(text("UPDATE account SET n = n + 7 WHERE id = 3"))
+            ready.set()
+            go_on.wait(20)
+            connection.execute(count_up(1))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    ready.wait(20)
+    try:
+        go_on.set()
+        registry.execute(count_up(2))
+    finally:
+        thread.join(20)
+
+
+@pytest.mark.parametrize("savepoint", [False, True], ids=["plain", "in a savepoint"])
+def test_a_swallowed_deadlock_of_mariadb_is_refused(accounts: Engine, savepoint: bool) -> None:
+    """It has rolled back the whole transaction, and begun another one with the next statement."""
+    registry = make_registry(accounts)
+
+    with pytest.raises(PendingRollbackError, match="1213"), session_scope(registry):
+        registry.execute(count_up(1))
+        block: Any = registry.begin_nested() if savepoint else contextlib.nullcontext()
+        with contextlib.suppress(OperationalError), block:
+            lose_a_race(registry, accounts)
+        registry.execute(count_up(3))
+
+    assert numbers(accounts) == [1, 3, 7]
+
+
+def test_a_time_out_is_refused_where_it_rolls_back(mariadb_url: URL, accounts: Engine) -> None:
+    """With ``innodb_rollback_on_timeout``; else only the statement is undone."""
+    rolls_back = mariadb_url.query["rolls_back"] == "1"
+    registry = make_registry(accounts)
+    refused: Any = pytest.raises(PendingRollbackError, match="1205")
+    with accounts.connect() as blocker:
+        blocker.execute(count_up(2))
+        with refused if rolls_back else contextlib.nullcontext(), session_scope(registry):
+            registry.execute(text("SET SESSION innodb_lock_wait_timeout = 1"))
+            registry.execute(count_up(1))
+            with pytest.raises(OperationalError, match="1205"):
+                registry.execute(count_up(2))
+            registry.execute(count_up(3))
+        blocker.rollback()
+
+    assert numbers(accounts) == ([0, 0, 0] if rolls_back else [1, 0, 1])
+
+
+@pytest.mark.parametrize("discard", DISCARDS.values(), ids=DISCARDS)
+def test_a_discarded_write_to_mariadb_is_refused(
+    accounts: Engine, discard: Callable[[Registry], None]
+) -> None:
+    """The server is asked, twice, how many rows the transaction has changed."""
+    registry = make_registry(accounts)
+
+    with pytest.raises(RuntimeError, match="what it had written is lost"), session_scope(registry):
+        registry.execute(count_up(1))
+        discard(registry)
+
+    assert numbers(accounts) == [0, 0, 0]
+
+
+def test_a_read_from_mariadb_is_warned_of_at_most(
+    accounts: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the server shows of its transactions may be too old to prove that nothing was lost."""
+    registry = make_registry(accounts)
+
+    for _ in range(3):
+        with session_scope(registry) as scope:
+            assert registry.scalar(text("SELECT n FROM account WHERE id = 1")) == 0
+            registry.remove()
+
+    assert scope.outcome == "commit"
+    assert len(caplog.records) == 1
+
+
+def test_without_the_privilege_it_cannot_be_known(
+    accounts: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MariaDB shows its transactions to those only who have the privilege PROCESS."""
+    with accounts.begin() as connection:
+        connection.execute(text("CREATE OR REPLACE USER app@'127.0.0.1' IDENTIFIED BY 'app'"))
+        connection.execute(text("GRANT ALL ON test.* TO app@'127.0.0.1'"))
+    engine = create_engine(accounts.url.set(username="app", password="app", host="127.0.0.1"))
+    registry = make_registry(engine)
+
+    with session_scope(registry):
+        registry.execute(count_up(1))
+        registry.remove()
+
+    assert "closed a Session in an open transaction" in caplog.text
+    assert numbers(accounts) == [0, 0, 0]
+    engine.dispose()
+
+
+# -- a registry that was not passed ---------------------------------------------------------------
+
+
+def test_a_registry_that_was_not_adopted_is_refused_at_its_first_use(
+    sqlite_registry: Registry, sqlite_database: Database
+) -> None:
+    """Nothing would commit or close its Sessions; today's error names the fix."""
+    forgotten = make_registry(sqlite_database.engine)
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        flush_note(registry, "a")
-        write = start_response("200 OK", [("Content-Length", "3")])
-        with contextlib.suppress(BaseException):
-            write(b"one")
-        return rest()
-
-    return app
-
-
-def generate() -> Iterator[bytes]:
-    yield b"one"
-
-
-REST: dict[str, Callable[[], Iterable[bytes]]] = {
-    "an empty list": list,
-    "the body again": lambda: [b"one"],
-    "a generator": generate,
-    "an empty generator": lambda: iter(()),
-}
-
-
-@pytest.mark.promise("swallowed", "no false success")
-@pytest.mark.parametrize("rest", REST)
-@pytest.mark.parametrize("commit_on", ["complete", "headers"])
-@pytest.mark.parametrize("failing", ["the veto", "a listener", "a hook that is interrupted"])
-def test_a_failure_swallowed_out_of_write_is_no_success(
-    sqlite_database: Database,
-    sqlite_registry: Registry,
-    rest: str,
-    commit_on: CommitOn,
-    failing: str,
-) -> None:
-    """Whatever failed at the outcome fails the response at the next release."""
-    veto = None
-    if failing == "the veto":
-        veto = veto_by_error
-    elif failing == "a listener":
-        event.listen(sqlite_registry.session_factory, "before_commit", interrupt_by_event)
-    app = swallowing(sqlite_registry, REST[rest])
-    if failing == "a hook that is interrupted":
-        app = with_hook(app)
-    wrapped = SessionMiddleware(app, sqlite_registry, commit_on=commit_on, commit_veto=veto)
-    server = Server()
-
-    with pytest.raises((AppError, Kill)):
-        server.run(wrapped, make_environ())
-
-    assert (server.starts, server.written) == ([], [])
-    assert sqlite_database.notes() == (["a"] if failing.startswith("a hook") else [])
-    assert_nothing_left(sqlite_registry)
-
-
-def interrupt_by_event(_: object) -> None:
-    raise AppError
-
-
-def with_hook(app: WSGIApplication) -> WSGIApplication:
-    def hooking(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        current_scope().on_commit(interrupt_by(Kill()))
-        return app(environ, start_response)
-
-    return hooking
-
-
-@pytest.mark.promise("swallowed")
-def test_an_error_page_may_follow_a_swallowed_failure(
-    sqlite_database: Database, sqlite_registry: Registry
-) -> None:
-    """The client learns of the failure by it, so it is let through."""
-
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        flush_note(sqlite_registry, "a")
-        write = start_response("200 OK", [("Content-Length", "3")])
-        try:
-            write(b"one")
-        except AppError:
-            start_response("500 Internal Server Error", [], sys.exc_info())
-        return [b"sorry"]
-
-    reply = ask(SessionMiddleware(app, sqlite_registry, commit_veto=veto_by_error))
-
-    assert (reply.status, reply.body) == ("500 Internal Server Error", b"sorry")
-    assert reply.errors == []
-    assert sqlite_database.notes() == []
-
-
-@pytest.mark.promise("swallowed", "no false success")
-def test_a_failure_between_two_blocks_cuts_the_body(
-    sqlite_database: Database, sqlite_registry: Registry
-) -> None:
-    """The start and a block are gone by then."""
-
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
-        write = start_response("200 OK", [("Content-Length", "9")])
-        yield b"one"
-        flush_note(sqlite_registry, "a")
-        with contextlib.suppress(AppError):
-            write(b"twotwo")
-        yield b"twotwo"
-
-    wrapped = SessionMiddleware(app, sqlite_registry, commit_veto=veto_by_error)
-    reply = ask(wrapped)
-
-    assert (reply.whole, reply.body) == (False, b"one")
-    assert [type(error) for error in reply.errors] == [AppError]
-    assert sqlite_database.notes() == []
-
-
-# -- a second start -------------------------------------------------------------------------------
-
-
-@pytest.mark.promise("swallowed", "no false success")
-@pytest.mark.parametrize("commit_on", MOMENTS)
-@pytest.mark.parametrize("body", ["list", "generator"])
-@pytest.mark.parametrize("second", ["200 OK", "500 Internal Server Error"])
-def test_a_second_start_whose_error_is_swallowed_is_no_success(
-    sqlite_database: Database,
-    sqlite_registry: Registry,
-    body: str,
-    commit_on: CommitOn,
-    second: str,
-) -> None:
-    """A debugger that shows an error page without exc_info swallows this error, too."""
-
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        flush_note(sqlite_registry, "a")
-        start_response("200 OK", [])
-        with contextlib.suppress(AssertionError):
-            start_response(second, [])
-        return [b"one"] if body == "list" else iter([b"one"])
-
-    server = Server()
-    wrapped = SessionMiddleware(app, sqlite_registry, commit_on=commit_on)
-
-    with pytest.raises(AssertionError, match="a second time without exc_info"):
-        server.run(wrapped, make_environ())
-
-    # With "close" the first start has been passed on at once, and the body is cut at its end.
-    assert [server.trace] == [["start 200", "block one"] if commit_on == "close" else []]
-    assert sqlite_database.notes() == []
-    assert_nothing_left(sqlite_registry)
-
-
-# -- commit_error ---------------------------------------------------------------------------------
-
-
-@pytest.mark.promise("commit_error", "no false success")
-@pytest.mark.parametrize("status", ["200 OK", "303 See Other", "204 No Content", "100 Continue"])
-@pytest.mark.parametrize("body", ["list body", "one block"])
-def test_commit_error_cannot_answer_with_a_success(
-    sqlite_registry: Registry, status: str, body: str
-) -> None:
-    """Its start is refused; the server gets an error, and the failure is its cause."""
-    answer = BODIES["list body"](Program(status=status))
-    program = Program(lambda: sqlite_registry.add(Book(author_id=7)))
-    app = one_block(program, "3") if body == "one block" else BODIES[body](program)
-
-    reply = ask(SessionMiddleware(app, sqlite_registry, commit_error=answer))
-
-    assert reply.status == "500 Internal Server Error"
-    (error,) = reply.errors
-    assert f"commit_error must answer with status 4xx or 5xx, got {status!r}" in str(error)
-    assert isinstance(error.__cause__, IntegrityError)
-
-
-# -- a start_response that writes -----------------------------------------------------------------
-
-
-def writing_start(app: WSGIApplication, work: Callable[[], object]) -> WSGIApplication:
-    """Make the server, or a middleware: it works with the Session when the start comes."""
-
-    def outer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        def start(
-            status: str, headers: Headers, exc_info: ExcInfo = None, /
-        ) -> Callable[[bytes], object]:
-            work()
-            return start_response(status, headers, exc_info)
-
-        return app(environ, start)
-
-    return outer
-
-
-@pytest.mark.promise("no silent loss", "cleanup")
-@pytest.mark.parametrize("commit_on", MOMENTS)
-@pytest.mark.parametrize("used", [True, False], ids=["used", "untouched"])
-@pytest.mark.parametrize("body", BODIES)
-def test_what_an_outer_start_writes_is_committed(
-    sqlite_database: Database,
-    sqlite_registry: Registry,
-    body: str,
-    used: bool,
-    commit_on: CommitOn,
-) -> None:
-    """Such as a middleware that counts responses: nothing is lost, and nothing leaks."""
-    program = Program(lambda: flush_note(sqlite_registry, "a") if used else None)
-    app = SessionMiddleware(BODIES[body](program), sqlite_registry, commit_on=commit_on)
-    outer = writing_start(app, lambda: flush_note(sqlite_registry, "start"))
-
-    for _ in range(20):
-        reply = ask(outer)
-        assert (reply.status, reply.errors) == ("200 OK", [])
-        assert_nothing_left(sqlite_registry)
-
-    assert sqlite_database.notes() == ["a"] * 20 * used + ["start"] * 20
-
-
-@pytest.mark.promise("no false success")
-@pytest.mark.parametrize("used", [True, False], ids=["used", "untouched"])
-@pytest.mark.parametrize(
-    "body", ["list body", "tuple body", "file wrapper", "one block", "empty", "HEAD", "write"]
-)
-def test_an_outer_start_whose_write_fails_is_no_success(
-    sqlite_registry: Registry, body: str, used: bool
-) -> None:
-    """Where the start comes with the end of the body, its work has an outcome before that."""
-    scopes: list[Scope] = []
-
-    def early() -> None:
-        scopes.append(current_scope())
-        if used:
-            flush_note(sqlite_registry, "a")
-
-    def empty(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
-        early()
-        start_response("200 OK", [])
-        yield from ()
-
-    def write(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        early()
-        start_response("200 OK", [("Content-Length", "3")])(b"one")
+        forgotten.add(Note(text="lost"))
+        start_response("201 Created", [])
         return []
 
-    program = Program(early)
-    apps: dict[str, WSGIApplication] = {
-        "one block": one_block(program, "3"),
-        "empty": empty,
-        "HEAD": BODIES["unsized generator"](program),
-        "write": write,
-    }
-    app = apps.get(body) or BODIES[body](program)
-    outer = writing_start(
-        SessionMiddleware(app, sqlite_registry), lambda: sqlite_registry.add(Book(author_id=7))
-    )
-    server = Server()
+    protected = SessionMiddleware(app, sqlite_registry)
+    replies = [ask(protected, "POST") for _ in range(20)]
 
-    with pytest.raises(IntegrityError):
-        server.run(outer, make_environ("HEAD" if body == "HEAD" else "GET"))
-
-    assert server.written == []
-    assert scopes[0].outcome == "rollback"
-    assert_nothing_left(sqlite_registry)
+    assert {reply.status for reply in replies} == {"500 Internal Server Error"}
+    for reply in replies:
+        (error,) = reply.errors
+        assert "pass the scoped_session to SessionMiddleware(app, Session)" in str(error)
+    pool: Any = sqlite_database.engine.pool
+    assert pool.checkedout() == 0
 
 
-@pytest.mark.promise("cleanup")
-@pytest.mark.parametrize("body", ["list body", "unsized generator", "write()"])
-def test_an_outer_start_that_raises_leaves_nothing(sqlite_registry: Registry, body: str) -> None:
-    """Its error is that of the step."""
+def test_a_registry_that_another_middleware_was_given_shares_the_outcome(
+    sqlite_registry: Registry, sqlite_database: Database
+) -> None:
+    """Once it is adopted, it does not matter by which middleware or block."""
+    other = make_registry(sqlite_database.engine)
+    session_scope(other)
 
-    def work() -> None:
-        flush_note(sqlite_registry, "start")
-        raise AppError
+    with pytest.raises(ZeroDivisionError), session_scope(sqlite_registry):
+        other.add(Note(text="lost"))
+        other.flush()
+        assert current_scope().sessions
+        raise ZeroDivisionError
+    with session_scope(sqlite_registry):
+        other.add(Note(text="kept"))
 
-    app: Any = SessionMiddleware(BODIES[body](Program()), sqlite_registry)
-
-    with pytest.raises(AppError):
-        Server().run(writing_start(app, work), make_environ())
-
-    assert_nothing_left(sqlite_registry)
+    assert sqlite_database.notes() == ["kept"]

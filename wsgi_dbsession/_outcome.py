@@ -183,8 +183,10 @@ class Unit(Step):
                     raise
                 # A listener, or a hook that was interrupted: what the others began counts.
                 failure = failure or settling
-            if not self.undecided() or (again and self.outcome == "rollback"):
+            if not self.undecided():
                 break
+            if again and self.outcome == "rollback" and not self._hooks:
+                break  # begun by a listener of each rollback
         else:
             failure = failure or RuntimeError(_ENDLESS)
         if failure is not None:
@@ -257,15 +259,15 @@ class Unit(Step):
 
     def _run_hooks(self, outcome: Outcome) -> None:
         interruption: BaseException | None = None
-        while self._hooks:
-            hooks, self._hooks = self._hooks, ()
-            for hook in hooks:
-                if hook.outcome == outcome:
-                    if self.observers:
-                        self.tell("hook_called", hook.function)
-                    # An interruption too: the others run, and then it goes on.
-                    failure = hook.run(self.name, self.extra())
-                    interruption = interruption or failure
+        # Those that are registered from here on wait for the outcome of what the hooks begin.
+        hooks, self._hooks = self._hooks, ()
+        for hook in hooks:
+            if hook.outcome == outcome:
+                if self.observers:
+                    self.tell("hook_called", hook.function)
+                # An interruption too: the others run, and then it goes on.
+                failure = hook.run(self.name, self.extra())
+                interruption = interruption or failure
         if interruption is not None:
             raise interruption
 

@@ -157,11 +157,14 @@ def _after_flush(session: AdoptedSession, _: object) -> None:
 
 
 def _after_rollback(session: AdoptedSession, transaction: SessionTransaction) -> None:
-    if transaction.nested:
-        if session.dbsession_scope is not None:
-            session.dbsession_scope.drop_hooks(transaction)
-    elif transaction.parent is None:
+    if transaction.parent is None:
         session.dbsession_flushed = False
+        return
+    ended: SessionTransaction | None = transaction
+    while ended is not None and not ended.nested:
+        ended = ended.parent  # a flush that fails rolls back the savepoint that it is in
+    if ended is not None and session.dbsession_scope is not None:
+        session.dbsession_scope.drop_hooks(ended)
 
 
 def check_routed(registries: Iterable[SessionRegistry]) -> None:

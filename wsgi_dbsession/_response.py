@@ -180,8 +180,7 @@ class Start(HeldStart):
         """Send a block at once: the write callable of PEP 3333."""
         if self.length() == 0 and self.moment() == "complete":
             return  # with the headers the client has all of it, so they wait for the outcome
-        self.settle_if_due(complete=self.sent + len(block) >= self.length())
-        self.release()
+        self.proceed(complete=self.sent + len(block) >= self.length())
         self.sent += len(block)
         self._write(block)
 
@@ -215,11 +214,20 @@ class Start(HeldStart):
             self._moment = moment = cast("Moment", choice)
         return moment
 
-    def settle_if_due(self, *, complete: bool) -> None:
-        """Settle the scope if this is the moment, before a block is sent or at exhaustion.
+    def proceed(self, *, complete: bool) -> None:
+        """Settle the scope if this is the moment, and release the start, before a block is sent.
 
         :param complete: whether the body is whole with this block, or exhausted.
         """
+        self.settle_if_due(complete=complete)
+        released = self.released
+        self.release()
+        if not released:
+            # An outer middleware's start_response may have used a Session.
+            self.settle_if_due(complete=complete)
+
+    def settle_if_due(self, *, complete: bool) -> None:
+        """Settle the scope if this is the moment, see :meth:`proceed`."""
         if not self.scope.undecided():
             return
         moment = self.moment()
@@ -245,9 +253,7 @@ class Start(HeldStart):
 
     def finish(self) -> None:
         """Settle and release a response whose body is finished, and close the scope."""
-        self.settle_if_due(complete=True)
-        self.release()
-        # An outer middleware's start_response may have used a Session.
+        self.proceed(complete=True)
         self.close()
 
     def close(self, error: BaseException | None = None, *, complete: bool = True) -> None:
@@ -353,8 +359,7 @@ class Response:
                 sent += len(block)
                 self._complete = self._complete or sent >= start.length()
             if self._complete or not start.released:
-                start.settle_if_due(complete=self._complete)
-                start.release()
+                start.proceed(complete=self._complete)
             start.sent = sent
         except BaseException as error:
             self._finish(error)

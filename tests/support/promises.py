@@ -39,11 +39,13 @@ PROMISES: dict[str, dict[str, str]] = {
         "truth": "A failed commit says whether it was rolled back, unknown, committed or partly.",
         "context": "Flush, commit and hooks see the context of the application.",
         "hooks": "Hooks run in order after the outcome; an error in one is logged only.",
+        "savepoints": "A hook registered inside of a savepoint is dropped if that is rolled back.",
         "log": "Success logs nothing, and each loss a line.",
     },
     "When: the moment": {
         "headers": 'With "headers" the outcome comes before the first block.',
         "complete": "By default the outcome comes before the client has all of the response.",
+        "swallowed": "A failure at the outcome that the application swallows fails the response.",
         "close": 'With "close" the outcome comes when the response is closed.',
         "chosen moment": "The application may choose the moment for each response.",
         "the rest": "What begins after an outcome gets one of its own at the next moment.",
@@ -64,6 +66,7 @@ PROMISES: dict[str, dict[str, str]] = {
         "nested middleware": "Nested middleware within one environ joins the outer scope.",
         "observers": "An observer sees each scope, its outcome and its end, and touches nothing.",
         "in-process requests": "A request made inside of a request has a scope of its own.",
+        "not expired": "The commit that ends a scope does not expire objects.",
         "blocks": "session_scope is a unit of work of its own, also inside of another.",
     },
     "Nothing is left behind": {

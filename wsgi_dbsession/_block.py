@@ -61,12 +61,17 @@ class session_scope:  # noqa: N801 - used like contextlib's context managers
             msg = "this block is active already. Write `with session_scope(...)` anew"
             raise RuntimeError(msg)
         scope = Scope(None, observers_of(self._adopted), self._name or "session_scope")
-        self._scope = scope
         scope.read_only = self._read_only
         if scope.observers:
             scope.tell("opened")
-        scope.enter_block()
-        return scope
+        try:
+            self._scope = scope
+            scope.enter_block()
+            return scope
+        except BaseException:  # an interruption: nothing calls __exit__
+            self._scope = None
+            scope.leave_block()
+            raise
 
     def __exit__(
         self,
@@ -74,12 +79,14 @@ class session_scope:  # noqa: N801 - used like contextlib's context managers
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        scope, self._scope = self._scope, None
-        assert scope is not None, "__exit__ without __enter__"
         try:
-            scope.close(error)
+            assert self._scope is not None, "__exit__ without __enter__"
+            self._scope.close(error)
         finally:
-            scope.leave_block(error)
+            scope, self._scope = self._scope, None
+            if scope is not None:  # pragma: no branch - else the assertion fails
+                scope.close_sessions()  # an interruption may have come before
+                scope.leave_block(error)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate a function, so that every call is a block."""

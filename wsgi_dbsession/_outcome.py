@@ -179,10 +179,10 @@ class Unit(Step):
             try:
                 context.run(self._settle, error, complete, veto, final)
             except BaseException as settling:
-                if self.outcome != "commit":
-                    raise
-                # A listener, or a hook that was interrupted: what the others began counts.
                 failure = failure or settling
+                if self.outcome != "commit":
+                    break
+                # A listener, or a hook that was interrupted: what the others began counts.
             if not self.undecided():
                 break
             if again and self.outcome == "rollback" and not self._hooks:
@@ -307,6 +307,7 @@ class Unit(Step):
             self.tell("closed")
         # The environ and the context refer to this scope: a cycle until a collection.
         self.environ = self.context = None
+        self.in_step = False  # even if an interruption comes before the step is left
         if error is None and failure is not None:
             try:
                 raise failure

@@ -93,6 +93,7 @@ def respond(
     except BaseException as error:
         with contextlib.suppress(BaseException):  # the first error is the one to raise
             close(result)
+        scope.close_sessions()  # an interruption may have come before
         if isinstance(error, Exception) and start.is_answerable():
             return start.answer()
         raise

@@ -133,6 +133,25 @@ def test_the_first_error_beats_an_interruption_in_a_hook(
         raise AppError
 
 
+@pytest.mark.promise("first error")
+def test_an_interruption_in_a_hook_beats_the_failure_of_what_it_began(
+    database: Database, registry: scoped_session[Session]
+) -> None:
+    """The second outcome fails, and the first error propagates."""
+
+    def hook() -> None:
+        registry.add(Book(author_id=7))
+        raise Kill
+
+    with pytest.raises(Kill), session_scope(registry) as scope:
+        registry.add(Note(text="a"))
+        scope.on_commit(hook)
+
+    assert (scope.outcome, scope.reason) == ("rollback", "rolled back")
+    assert database.notes() == ["a"]
+    assert_nothing_left(registry)
+
+
 def test_what_a_hook_writes_is_committed(
     database: Database, registry: scoped_session[Session]
 ) -> None:

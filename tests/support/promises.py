@@ -74,7 +74,7 @@ PROMISES: dict[str, dict[str, str]] = {
         "unclosed": "A response that nobody closes leaves nothing.",
         "collector": "A finalizer closes Sessions, and sets no context variable.",
         "interruptions": "A connection that was interrupted in a statement is thrown away.",
-        "interrupted lines": "An interruption leaves no scope and no connection, wherever it comes.",
+        "interrupted lines": "An interruption leaves no scope and no connection, at any line.",
         "forks": "No process uses a connection of its parent, and none ends its parent's work.",
         "dropped connections": "A dropped connection costs one request, and is not lied about.",
     },

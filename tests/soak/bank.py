@@ -11,8 +11,10 @@ import gc
 import json
 import logging
 import os
+import resource
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote
 
@@ -216,8 +218,14 @@ def _state(environ: WSGIEnvironment, start: StartResponse) -> Body:
         gc.collect()
         objects = gc.get_objects()
         left["scopes"] = sum(isinstance(each, Scope) for each in objects)
-        state |= {"objects": len(objects)}
+        state |= {"objects": len(objects), "memory": _memory()}
     return _json(start, {**state, "left": {name: left[name] for name in left if left[name]}})
+
+
+def _memory() -> int:
+    """Return the megabytes that this process has in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() >> 20
 
 
 def _json(start: StartResponse, value: object) -> Body:
@@ -244,9 +252,18 @@ MOUNTS: dict[str, WSGIApplication] = {
     "read": SessionMiddleware(_read, BANK),
     "state": _state,
 }
-MOUNTS |= controls.mounts(CONTROL, _views, MOUNTS, ENGINES[0])
+MOUNTS |= controls.mounts(CONTROL, _views, BANK, BRANCH)
 
 
-def application(environ: WSGIEnvironment, start_response: StartResponse) -> Body:
+def dispatch(environ: WSGIEnvironment, start_response: StartResponse) -> Body:
     """Dispatch by the first part of the path."""
     return MOUNTS[environ["PATH_INFO"].split("/")[1]](environ, start_response)
+
+
+application: WSGIApplication = dispatch
+if server := os.environ.get("SOAK_GREENLETS"):
+    from tests.soak.greenlets import Impatient
+
+    # gunicorn answers what is not an Exception by an error page, even in the midst of a body: a
+    # client may take the two for one whole response. No middleware can keep it from that.
+    application = Impatient(dispatch, interrupts=not server.startswith("gunicorn"))

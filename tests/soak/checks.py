@@ -86,7 +86,7 @@ class Audit:
         if transfer.told == "unsent" and not transfer.tries and times:
             self._violate("transfer that was never sent", transfer)
         if transfer.repeats:
-            if transfer.told not in ("success", "refusal") or not times:
+            if not times or not (transfer.told == "success" or transfer.took_effect):
                 self._violate("repeated until it had an answer, and no transfer", transfer)
         elif transfer.told == "refusal" and times and not self.journal.is_open(transfer.token):
             self._violate("refusal, but the transfer is there", transfer)
@@ -112,8 +112,8 @@ class Audit:
     def _check_other_tables(self, transfer: Transfer) -> None:
         token, times = transfer.token, self.applied[transfer.token]
         if transfer.work == "two registries" and self.books.branch[token] != times:
-            halves_are_known = self.journal.is_open(token) or self._saw_death(transfer)
-            if transfer.told == "success" or not halves_are_known:
+            known = self.journal.is_open(token) or self._saw_death(transfer)
+            if transfer.told == "success" or transfer.mount == "two-phase" or not known:
                 self._violate("in one database only", transfer)
         if transfer.work == "inner block" and times and not self.books.attempts[token]:
             self._violate("inner block lost", transfer)

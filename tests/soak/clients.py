@@ -73,6 +73,8 @@ class Clients:
     violations: list[Violation] = field(default_factory=list)
     crashes: list[BaseException] = field(default_factory=list)
     reads: int = 0
+    #: how often a client asked the application to time its request out
+    impatient: int = 0
 
     def start(self) -> None:
         """Begin to send."""
@@ -142,7 +144,8 @@ class Client:
         while True:
             patience = self._plan.patience
             every = list(headers)
-            if patience is not None and self._chance.random() < 0.1:
+            if patience is not None and self._chance.random() < 0.05:
+                self._clients.impatient += 1
                 every.append(f"X-Patience: {self._chance.uniform(*patience):.4f}")
             self._send(transfer, path, every)
             if not transfer.repeats or is_final(transfer):
@@ -171,8 +174,15 @@ class Client:
         if self._chance.random() < self._plan.hang_ups:
             self._hang_up(connection, transfer)
             return
-        seen = connection.receive("POST")
+        try:
+            seen = connection.receive("POST")
+        except (AssertionError, ValueError) as error:
+            self._disconnect()
+            transfer.told = "cut"
+            self._violate("a response that is not HTTP", transfer, repr(error))
+            return
         transfer.told, transfer.status = interpret(seen), seen.status
+        transfer.took_effect = b'"not_stored"' in seen.body
         if not seen.reusable:
             self._disconnect()
 
@@ -227,8 +237,6 @@ def interpret(seen: Seen) -> Told:
 def is_final(transfer: Transfer) -> bool:
     """Return whether a client that repeats its request can stop.
 
-    A whole success is the answer; so is "409, not stored", which says that it took effect.
+    A whole success is the answer; so is a refusal to repeat what took effect.
     """
-    return transfer.told == "success" or (
-        transfer.told == "refusal" and transfer.status is not None and transfer.status == 409
-    )
+    return transfer.told == "success" or transfer.took_effect

@@ -32,14 +32,14 @@ BANK = (
     "INSERT INTO account VALUES "
     + ", ".join(f"({number}, {START})" for number in range(ACCOUNTS)),
     """CREATE TABLE entry (
-        id varchar(80) PRIMARY KEY, token varchar(40) NOT NULL,
+        id varchar(100) PRIMARY KEY, token varchar(60) NOT NULL,
         source int NOT NULL, target int NOT NULL, amount int NOT NULL)""",
     "CREATE INDEX entry_token ON entry (token)",
-    "CREATE TABLE attempt (token varchar(40) NOT NULL)",
+    "CREATE TABLE attempt (token varchar(60) NOT NULL)",
     "CREATE TABLE marker (id int PRIMARY KEY)",
     "INSERT INTO marker VALUES (1)",
 )
-BRANCH = ("CREATE TABLE entry (token varchar(40) NOT NULL)",)
+BRANCH = ("CREATE TABLE entry (token varchar(60) NOT NULL)",)
 CLEAR = {
     "bank": (
         "DELETE FROM entry",
@@ -55,6 +55,8 @@ class Database(Protocol):
     """A server with the two databases ``bank`` and ``branch``."""
 
     name: str
+    #: the works and mounts that it cannot do
+    lacks: frozenset[str]
 
     def url(self, database: str) -> URL:
         """Return the SQLAlchemy URL of a database."""
@@ -104,6 +106,10 @@ class PostgreSQL:
     """PostgreSQL, with time-outs of its locks, so that nothing waits for long."""
 
     name = "PostgreSQL"
+    lacks: frozenset[str] = frozenset()
+    #: what its driver raises while the server is down, and for what is not there any more
+    error = psycopg.OperationalError
+    missing = psycopg.errors.UndefinedObject
 
     def __init__(self, server: PostgresServer) -> None:
         self.server = server

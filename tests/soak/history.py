@@ -32,6 +32,8 @@ class Transfer:
     told: Told = "unsent"
     status: int | None = None
     hung_up: bool = False
+    #: the application said so, in place of a response that it has not stored
+    took_effect: bool = False
 
     @property
     def shape(self) -> str:

@@ -29,11 +29,12 @@ def kinds(
     attempts: int = 0,
     deaths: tuple[float, ...] = (),
     error: int = 0,
+    mount: str = "plain",
     **more: Any,
 ) -> list[str]:
     """Return what the comparison finds about one transfer."""
     options = {"tries": 1, "begun": 10.0, "ended": 11.0, **more}
-    transfer = Transfer("t", "plain", "list", work, told=told, **options)
+    transfer = Transfer("t", mount, "list", work, told=told, **options)
     journal = Journal()
     for kind, what in lines:
         journal.add("t", kind, what)
@@ -75,6 +76,11 @@ def kinds(
             id="repeated, success",
         ),
         pytest.param(
+            {"told": "refusal", "times": 1, "lines": UNKNOWN, "repeats": True, "tries": 2}
+            | {"took_effect": True},
+            id="repeated, and told that it took effect",
+        ),
+        pytest.param(
             {"told": "success", "times": 1, "lines": COMMITTED, "work": "two registries"}
             | {"branch": 1},
             id="in both databases",
@@ -114,6 +120,10 @@ def test_what_is_right_passes(case: dict[str, Any]) -> None:
             "transfer that was never sent",
         ),
         (
+            {"told": "refusal", "times": 1, "lines": COMMITTED, "repeats": True},
+            "repeated until it had an answer, and no transfer",
+        ),
+        (
             {"told": "cut", "times": 0, "repeats": True},
             "repeated until it had an answer, and no transfer",
         ),
@@ -139,6 +149,11 @@ def test_what_is_right_passes(case: dict[str, Any]) -> None:
         (
             {"told": "success", "times": 1, "lines": (*COMMITTED, *UNKNOWN)}
             | {"work": "two registries", "branch": 0},
+            "in one database only",
+        ),
+        (
+            {"told": "refusal", "times": 1, "lines": (("log", "partial"),)}
+            | {"work": "two registries", "mount": "two-phase"},
             "in one database only",
         ),
         (

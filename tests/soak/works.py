@@ -10,19 +10,23 @@ import contextlib
 import uuid
 from typing import TYPE_CHECKING, NamedTuple
 
-from sqlalchemy import text
+from sqlalchemy import Column, Integer, MetaData, Table, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+from sqlalchemy.orm import registry as mapper_registry
 
 from wsgi_dbsession import current_scope, session_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sqlalchemy.orm import Session, scoped_session
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import scoped_session
 
     Registry = scoped_session[Session]
 
 STEPS = 3
+LEAKED: list[Connection] = []
 
 
 class Order(NamedTuple):
@@ -35,6 +39,18 @@ class Order(NamedTuple):
     bank: Registry
     branch: Registry
     write: Callable[[str, str, str], None]
+
+
+class Marker:
+    """A row of the table ``marker``, which has the row 1."""
+
+    def __init__(self, number: int) -> None:
+        self.id = number
+
+
+mapper_registry().map_imperatively(
+    Marker, Table("marker", MetaData(), Column("id", Integer, primary_key=True))
+)
 
 
 class ViewError(Exception):
@@ -130,6 +146,13 @@ def discarded(order: Order) -> Iterator[None]:
     yield
 
 
+def late_flush(order: Order) -> Iterator[None]:
+    """Add an object whose INSERT is sent, and fails, when the outcome comes."""
+    yield from _before_last(order)
+    order.bank.add(Marker(1))
+    yield
+
+
 def deferred(order: Order) -> Iterator[None]:
     """Violate a constraint that PostgreSQL checks at COMMIT."""
     yield from _before_last(order)
@@ -150,13 +173,16 @@ def failed(order: Order) -> Iterator[None]:
 
 
 def doomed(order: Order) -> Iterator[None]:
-    """Do everything, and raise the alarm in place of an error, with a success as the response.
-
-    The view turns it into a 403, as an application does that knows what it has doomed.
-    """
+    """Do everything, doom the scope, and answer with 409."""
     yield from _before_last(order)
     current_scope().doom()
     raise Refused
+
+
+def leak(order: Order) -> Iterator[None]:
+    """Keep a connection: only a control does."""
+    LEAKED.append(Session(order.bank.get_bind()).connection())
+    yield from transfer(order)
 
 
 def halfway(order: Order) -> Iterator[None]:
@@ -184,9 +210,11 @@ WORKS: dict[str, Callable[[Order], Iterator[None]]] = {
     "two registries": registries,
     "swallowed error": swallowed,
     "closed Session": discarded,
+    "late flush": late_flush,
     "deferred constraint": deferred,
     "veto": refused,
     "error": failed,
     "doom": doomed,
     "commit half-way": halfway,
+    "connection kept": leak,
 }

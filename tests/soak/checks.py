@@ -100,13 +100,11 @@ class Audit:
             self._violate("hook twice", transfer)
         if self.journal.count(token, "hook", "dropped"):
             self._violate("hook of a savepoint that was rolled back", transfer)
-        if (
-            self.journal.count(token, "hook", "rollback")
-            and times
-            and not (ran or transfer.tries > 1)
-        ):
+        if not times or ran or self.journal.is_open(token) or self._saw_death(transfer):
+            return
+        if self.journal.count(token, "hook", "rollback"):
             self._violate("hook of a rollback that did not take place", transfer)
-        if times and not ran and not self.journal.is_open(token) and not self._saw_death(transfer):
+        else:
             self._violate("commit without its hook", transfer)
 
     def _check_other_tables(self, transfer: Transfer) -> None:

@@ -62,6 +62,10 @@ def kinds(
             {"told": "refusal", "times": 1, "lines": UNKNOWN}, id="logged as unknown, there"
         ),
         pytest.param(
+            {"told": "refusal", "times": 1, "lines": ROLLED_BACK + UNKNOWN},
+            id="retried, then logged as unknown",
+        ),
+        pytest.param(
             {"told": "refusal", "times": 0, "lines": UNKNOWN}, id="logged as unknown, not there"
         ),
         pytest.param(

@@ -57,6 +57,9 @@ class Database(Protocol):
     name: str
     #: the works and mounts that it cannot do
     lacks: frozenset[str]
+    #: what each round takes in turn
+    drivers: tuple[str, ...]
+    isolations: tuple[str, ...]
 
     def url(self, database: str) -> URL:
         """Return the SQLAlchemy URL of a database."""
@@ -107,6 +110,8 @@ class PostgreSQL:
 
     name = "PostgreSQL"
     lacks: frozenset[str] = frozenset()
+    drivers: tuple[str, ...] = ("psycopg", "psycopg2", "pg8000")
+    isolations: tuple[str, ...] = ("READ COMMITTED", "SERIALIZABLE", "READ COMMITTED", "REPEATABLE READ")
     #: what its driver raises while the server is down, and for what is not there any more
     error = psycopg.OperationalError
     missing = psycopg.errors.UndefinedObject

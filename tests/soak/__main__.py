@@ -1,0 +1,54 @@
+"""``make soak``: run the bank for some minutes, and write the report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+from tests.soak import page
+from tests.soak.databases import DATABASES
+from tests.soak.run import run
+
+ROOT = Path(__file__).parents[2]
+#: where the report of a run is written, ignored by git; that of a long one is committed
+BUILD, COMMITTED = ROOT / "build" / "soak", ROOT / "benchmarks"
+ENOUGH = 200_000
+
+
+def main() -> int:
+    """Run, and return 1 if a promise was broken, or a control was not caught."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=2)
+    parser.add_argument("--transfers", type=int, default=0, help="stop after so many")
+    parser.add_argument("--database", choices=DATABASES, default="postgres")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--render", action="store_true", help="the last run's report once more")
+    arguments = parser.parse_args()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    raw = BUILD / "results.json"
+    if not arguments.render:
+        print(f"seed {arguments.seed}", flush=True)
+        with DATABASES[arguments.database]() as database:
+            found = run(
+                database,
+                minutes=arguments.minutes,
+                seed=arguments.seed,
+                transfers=arguments.transfers,
+            )
+        raw.write_text(json.dumps({**found.asdict(), **page.circumstances()}))
+    results = json.loads(raw.read_text())
+    whole = page.transfers(results) >= ENOUGH and results["database"] == "PostgreSQL"
+    directory = COMMITTED if whole else BUILD
+    (directory / "SOAK.md").write_text(page.render(results, directory))
+    print(f"wrote {directory / 'SOAK.md'}")
+    failures = page.failures(results)
+    for failure in failures[:50]:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

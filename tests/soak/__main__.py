@@ -31,14 +31,15 @@ def main() -> int:
     raw = BUILD / "results.json"
     if not arguments.render:
         print(f"seed {arguments.seed}", flush=True)
+        facts = page.circumstances()
         with DATABASES[arguments.database]() as database:
-            found = run(
+            run(
                 database,
                 minutes=arguments.minutes,
                 seed=arguments.seed,
                 transfers=arguments.transfers,
+                save=lambda made: raw.write_text(json.dumps({**made.asdict(), **facts})),
             )
-        raw.write_text(json.dumps({**found.asdict(), **page.circumstances()}))
     results = json.loads(raw.read_text())
     whole = page.transfers(results) >= ENOUGH and results["database"] == "PostgreSQL"
     directory = COMMITTED if whole else BUILD

@@ -217,7 +217,11 @@ def _state(environ: WSGIEnvironment, start: StartResponse) -> Body:
     if environ["QUERY_STRING"]:  # it takes a tenth of a second
         gc.collect()
         objects = gc.get_objects()
-        left["scopes"] = sum(isinstance(each, Scope) for each in objects)
+        # One that is over may live on in the traceback of the last error of a thread.
+        scopes = [each for each in objects if isinstance(each, Scope)]
+        left["open scopes"] = sum(
+            each.environ is not None or bool(each.sessions) for each in scopes
+        )
         state |= {"objects": len(objects), "memory": _memory()}
     return _json(start, {**state, "left": {name: left[name] for name in left if left[name]}})
 

@@ -7,10 +7,12 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import psycopg
+import pymysql
 from sqlalchemy import MetaData, create_engine
 
 from tests.soak.history import Books, Entry
 from tests.support.clusters import PostgresServer, postgres_cluster
+from tests.support.galera import MariaDBServer, mariadb
 from wsgi_dbsession.idempotency import idempotency_table
 
 if TYPE_CHECKING:
@@ -111,7 +113,12 @@ class PostgreSQL:
     name = "PostgreSQL"
     lacks: frozenset[str] = frozenset()
     drivers: tuple[str, ...] = ("psycopg", "psycopg2", "pg8000")
-    isolations: tuple[str, ...] = ("READ COMMITTED", "SERIALIZABLE", "READ COMMITTED", "REPEATABLE READ")
+    isolations: tuple[str, ...] = (
+        "READ COMMITTED",
+        "SERIALIZABLE",
+        "READ COMMITTED",
+        "REPEATABLE READ",
+    )
     #: what its driver raises while the server is down, and for what is not there any more
     error = psycopg.OperationalError
     missing = psycopg.errors.UndefinedObject
@@ -173,4 +180,66 @@ def postgres() -> Iterator[Database]:
         yield database
 
 
-DATABASES = {"postgres": postgres}
+class MariaDB:
+    """MariaDB, with a log that survives a crash of the process."""
+
+    name = "MariaDB"
+    # Its prepared transactions are found by no client after a restart, and it has no deferred
+    # constraints. After an error in a statement it keeps the transaction: see ``swallowed``.
+    lacks = frozenset({"two-phase", "deferred constraint"})
+    drivers: tuple[str, ...] = ("pymysql",)
+    isolations: tuple[str, ...] = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
+
+    def __init__(self, server: MariaDBServer) -> None:
+        self.server = server
+        for name in ("bank", "branch"):
+            server.fetch(f"CREATE DATABASE {name}")
+
+    def url(self, database: str) -> URL:
+        return self.server.url(database)
+
+    def fetch(self, database: str, statement: str) -> Rows:
+        with contextlib.closing(self.server.connect(database)) as connection:
+            cursor = connection.cursor()
+            cursor.execute(statement)
+            return list(cursor.fetchall())
+
+    def restart(self) -> None:
+        self.server.kill()
+        self.server.start()
+
+    def terminate(self, chance: random.Random) -> int:
+        found = self.server.fetch(
+            "SELECT id FROM information_schema.processlist WHERE db IN ('bank', 'branch')"
+            " AND id <> CONNECTION_ID()"
+        )
+        chosen = [number for (number,) in found if chance.random() < 0.4]
+        for number in chosen:
+            with contextlib.suppress(pymysql.OperationalError):  # it has ended by itself
+                self.server.fetch(f"KILL {number}")
+        return len(chosen)
+
+    def busy(self) -> list[str]:
+        rows = self.server.fetch(
+            "SELECT trx_mysql_thread_id, trx_state, trx_query FROM information_schema.innodb_trx"
+            " WHERE trx_mysql_thread_id <> 0"
+        )
+        return [" ".join(map(str, row)) for row in rows]
+
+
+@contextlib.contextmanager
+def mariadb_bank() -> Iterator[Database]:
+    """Start MariaDB with the tables of the bank."""
+    options = (
+        # The log is written at each commit; the default of these servers loses a second.
+        "--innodb-flush-log-at-trx-commit=2",
+        "--innodb-lock-wait-timeout=2",
+        "--innodb-snapshot-isolation=ON",
+    )
+    with mariadb(*options) as server:
+        database = MariaDB(server)
+        prepare(database)
+        yield database
+
+
+DATABASES = {"postgres": postgres, "mariadb": mariadb_bank}

@@ -15,7 +15,7 @@ from tests.soak.serving import BY_NAME
 from tests.soak.shapes import shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from tests.soak.controls import Control
     from tests.soak.databases import Database
@@ -70,10 +70,18 @@ class Run:
         return asdict(self)
 
 
-def run(database: Database, *, minutes: float, seed: int, transfers: int = 0) -> Run:
+def run(
+    database: Database,
+    *,
+    minutes: float,
+    seed: int,
+    transfers: int = 0,
+    save: Callable[[Run], object] = lambda made: None,
+) -> Run:
     """Run the controls, then each server in turn.
 
     :param transfers: where to stop, after the round in which so many were sent; 0 is nowhere.
+    :param save: called after each segment, so that a crash does not lose the whole run.
     """
     begun = time.monotonic()
     made = Run(seed, database.name, minutes)
@@ -88,10 +96,11 @@ def run(database: Database, *, minutes: float, seed: int, transfers: int = 0) ->
         for server in SERVERS:
             setup = _set_up(server, database, number, seed, seconds)
             made.segments.append(segment.run(setup, database))
+            made.seconds = time.monotonic() - begun
             _report(made.segments[-1])
+            save(made)
         if 0 < transfers <= made.transfers:
             break
-    made.seconds = time.monotonic() - begun
     return made
 
 

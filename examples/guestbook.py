@@ -22,7 +22,7 @@ from sqlalchemy.orm import (
     sessionmaker,
 )
 
-from wsgi_dbsession import SessionMiddleware, current_scope
+from wsgi_dbsession import Scope, SessionMiddleware, current_scope
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -84,13 +84,17 @@ def create_app(url: str | None = None) -> Flask:
     )
     outcomes: deque[str] = deque(maxlen=8)
 
+    def tell_the_reason(scope: Scope, what: str) -> None:
+        reason = "commit failed" if scope.failure else scope.reason
+        outcomes.appendleft(f"{what}: rolled back ({reason})")
+
     @app.before_request
     def tell_the_outcome() -> None:
         if request.method == "POST":
             scope = current_scope()
             what = f"{request.method} {request.path}"
             scope.on_commit(lambda: outcomes.appendleft(f"{what}: committed"))
-            scope.on_rollback(lambda: outcomes.appendleft(f"{what}: rolled back ({scope.reason})"))
+            scope.on_rollback(tell_the_reason, scope, what)
 
     @app.get("/")
     def page() -> str:

@@ -65,7 +65,7 @@ class session_scope:  # noqa: N801 - used like contextlib's context managers
         scope.read_only = self._read_only
         if scope.observers:
             scope.tell("opened")
-        scope.enter()
+        scope.enter_block()
         return scope
 
     def __exit__(

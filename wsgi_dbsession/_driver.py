@@ -6,6 +6,7 @@ SQLAlchemy has no common question for these, so each driver is asked in its own 
 from __future__ import annotations
 
 import contextlib
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,13 +32,15 @@ _CHANGES = "wsgi_dbsession.changes"
 
 _DEADLOCK, _LOCK_TIMEOUT = "1213", "1205"  # of MySQL and MariaDB
 
-_WROTE = {
-    # Every write takes a transaction ID, a read never does.
-    "PGDialect": "SELECT pg_current_xact_id_if_assigned() IS NOT NULL",
-    # Needs the privilege PROCESS, and is unknown without.
-    "MySQLDialect": "SELECT trx_rows_modified > 0 FROM information_schema.innodb_trx"
-    " WHERE trx_mysql_thread_id = CONNECTION_ID()",
-}
+# Every write takes a transaction ID, a read never does.
+_POSTGRESQL = "SELECT pg_current_xact_id_if_assigned() IS NOT NULL"
+# Needs the privilege PROCESS. What it shows is as old as the last look at it, up to 0.1 s, so
+# that only a second look proves a write, and none proves that there was none.
+_MYSQL = (
+    "SELECT trx_rows_modified > 0 FROM information_schema.innodb_trx "
+    "WHERE trx_mysql_thread_id = CONNECTION_ID()"
+)
+_MYSQL_REFRESH = 0.15  # seconds
 
 
 def codes(error: BaseException) -> Iterator[str]:
@@ -54,7 +57,7 @@ def codes(error: BaseException) -> Iterator[str]:
         if isinstance(code, str):
             yield code
     # PEP 249's name tells a database error from, say, an OSError, which has a number too.
-    if not original.args or "DatabaseError" not in _names(type(original)):
+    if not original.args or "DatabaseError" not in _names(original):
         return
     first = original.args[0]
     if isinstance(first, int):  # PyMySQL, mysqlclient, mysql-connector, pymssql
@@ -123,19 +126,22 @@ def has_written(connection: Connection) -> bool | None:
     if hasattr(driver, "total_changes"):  # SQLite
         changes = connection.info.get(_CHANGES)
         return bool(driver.in_transaction and driver.total_changes != changes)
-    statement = next((_WROTE[name] for name in _dialect(connection) if name in _WROTE), None)
-    if statement is None or is_aborted(driver):
-        return None
+    dialect = _dialect(connection)
     with contextlib.suppress(Exception):
-        # The driver's own cursor: no listener of the application is to notice this.
-        cursor = driver.cursor()
-        try:
-            cursor.execute(statement)
-            row = cursor.fetchone()
-        finally:
-            cursor.close()
-        return None if row is None else bool(row[0])
+        if "PGDialect" in dialect and not is_aborted(driver):
+            return _ask(driver, _POSTGRESQL)
+        if "MySQLDialect" in dialect and _ask(driver, _MYSQL):
+            time.sleep(_MYSQL_REFRESH)
+            return _ask(driver, _MYSQL) or None
     return None
+
+
+def _ask(driver: Any, statement: str) -> bool:
+    # The driver's own cursor: no listener of the application is to notice this.
+    with contextlib.closing(driver.cursor()) as cursor:
+        cursor.execute(statement)
+        row = cursor.fetchone()
+        return bool(row and row[0])
 
 
 def spoiler(info: dict[Any, Any], transaction: Transaction) -> BaseException | None:
@@ -180,19 +186,17 @@ def _driver_of(connection: Connection) -> Any:
     return connection.connection.dbapi_connection
 
 
-def _names(kind: type) -> list[str]:
-    return [each.__name__ for each in kind.__mro__]
+def _names(instance: object) -> list[str]:
+    return [each.__name__ for each in type(instance).__mro__]
 
 
 def _dialect(connection: Connection) -> list[str]:
     # CockroachDB's dialect is a PGDialect, MariaDB's a MySQLDialect. No import of either.
-    return _names(type(connection.dialect))
+    return _names(connection.dialect)
 
 
 def _rolls_back_on_timeout(driver: Any) -> bool:
-    with contextlib.closing(driver.cursor()) as cursor:
-        cursor.execute("SELECT @@innodb_rollback_on_timeout")
-        return bool(cursor.fetchone()[0])
+    return _ask(driver, "SELECT @@innodb_rollback_on_timeout")
 
 
 def _on_error(context: ExceptionContext) -> None:

@@ -126,7 +126,10 @@ class SessionMiddleware:
         self, scope: Scope, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         """Handle a nested request: one environ is one unit of work, the outermost decides."""
-        if getattr(self.app, "wsgi_app", None) is self:
+        layer = getattr(self.app, "wsgi_app", None)
+        while layer is not None and layer is not self:
+            layer = getattr(layer, "app", None)  # a middleware around this one
+        if layer is self:
             msg = (
                 "the middleware must wrap app.wsgi_app, not app, which calls the middleware "
                 "again. Write `app.wsgi_app = SessionMiddleware(app.wsgi_app, Session)`"

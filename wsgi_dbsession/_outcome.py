@@ -32,6 +32,11 @@ Veto: TypeAlias = "Callable[[], str] | None"
 # RFC 9110, section 9.2.1: a request with one of these methods is not meant to write.
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 
+_ENDLESS = (
+    "over 100 subsequent outcomes of one scope: does a hook, or a listener of a commit, begin a "
+    "new transaction each time?"
+)
+
 _OUTCOMES: dict[Truth, Outcome] = {
     "rolled back": "rollback",
     "unknown": "unknown",
@@ -168,16 +173,27 @@ class Unit(Step):
         :param final: whether the scope ends with it, see :class:`Commit`.
         :raises BaseException: the veto raised or the commit failed.
         """
+        failure: BaseException | None = None
         for again in range(100):
             context = self.own(self.context or copy_context())
-            context.run(self._settle, error, complete, veto, final)
-            if not self.undecided() or (again and self.outcome == "rollback"):
-                return
-        msg = (
-            "over 100 subsequent outcomes of one scope: does a hook, or a listener of a commit, "
-            "begin a new transaction each time?"
-        )
-        raise RuntimeError(msg)
+            try:
+                context.run(self._settle, error, complete, veto, final)
+            except BaseException as settling:
+                if self.outcome != "commit":
+                    raise
+                # A listener, or a hook that was interrupted: what the others began counts.
+                failure = failure or settling
+            if not self.undecided():
+                break
+            if again and self.outcome == "rollback" and not self._hooks:
+                break  # begun by a listener of each rollback
+        else:
+            failure = failure or RuntimeError(_ENDLESS)
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                failure = None  # a traceback that refers to this frame is a cycle
 
     def _settle(
         self,
@@ -243,15 +259,15 @@ class Unit(Step):
 
     def _run_hooks(self, outcome: Outcome) -> None:
         interruption: BaseException | None = None
-        while self._hooks:
-            hooks, self._hooks = self._hooks, ()
-            for hook in hooks:
-                if hook.outcome == outcome:
-                    if self.observers:
-                        self.tell("hook_called", hook.function)
-                    # An interruption too: the others run, and then it goes on.
-                    failure = hook.run(self.name, self.extra())
-                    interruption = interruption or failure
+        # Those that are registered from here on wait for the outcome of what the hooks begin.
+        hooks, self._hooks = self._hooks, ()
+        for hook in hooks:
+            if hook.outcome == outcome:
+                if self.observers:
+                    self.tell("hook_called", hook.function)
+                # An interruption too: the others run, and then it goes on.
+                failure = hook.run(self.name, self.extra())
+                interruption = interruption or failure
         if interruption is not None:
             raise interruption
 

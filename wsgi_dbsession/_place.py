@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import sysconfig
 import threading
 from pathlib import Path
@@ -35,7 +35,7 @@ def application_line() -> str:
 
 
 def _find(skipped: tuple[str, ...], *, libraries: bool) -> str:
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith(skipped) and (libraries or "-packages" not in name):

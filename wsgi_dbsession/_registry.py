@@ -91,13 +91,13 @@ def adopt(registries: Iterable[scoped_session[Any]]) -> tuple[SessionRegistry, .
     :raises TypeError: one is not a ``scoped_session`` over a ``sessionmaker``.
     :raises ValueError: there is none, or one has another ``scopefunc``.
     """
-    given = tuple(dict.fromkeys(registries))
+    given = tuple(registries)
     if not given:
         msg = f"registries must not be empty. Pass the application's own: `{_FIX}`"
         raise ValueError(msg)
     for registry in given:
         _check(registry)
-    return tuple(dict.fromkeys(_adopt(registry) for registry in given))
+    return tuple(dict.fromkeys(map(_adopt, given)))
 
 
 def _check(registry: scoped_session[Any]) -> None:
@@ -157,11 +157,14 @@ def _after_flush(session: AdoptedSession, _: object) -> None:
 
 
 def _after_rollback(session: AdoptedSession, transaction: SessionTransaction) -> None:
-    if transaction.nested:
-        if session.dbsession_scope is not None:
-            session.dbsession_scope.drop_hooks(transaction)
-    elif transaction.parent is None:
+    if transaction.parent is None:
         session.dbsession_flushed = False
+        return
+    ended: SessionTransaction | None = transaction
+    while ended is not None and not ended.nested:
+        ended = ended.parent  # a flush that fails rolls back the savepoint that it is in
+    if ended is not None and session.dbsession_scope is not None:
+        session.dbsession_scope.drop_hooks(ended)
 
 
 def check_routed(registries: Iterable[SessionRegistry]) -> None:

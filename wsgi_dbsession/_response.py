@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from ._start import END, HeldStart, body_length, close
 
@@ -140,7 +140,8 @@ class Start(HeldStart):
         self, status: str, headers: Headers, exc_info: OptExcInfo | None = None, /
     ) -> Callable[[bytes], object]:
         """Keep the start, see "The start_response() Callable" in PEP 3333."""
-        if not isinstance(status, str):
+        kind: type = type(status)  # of which the annotation knows only what it should be
+        if not issubclass(kind, str):
             msg = f"status must be a str, got {status!r}, see PEP 3333, A Note On String Types"
             raise TypeError(msg)
         if self.status is not None:
@@ -179,8 +180,7 @@ class Start(HeldStart):
         """Send a block at once: the write callable of PEP 3333."""
         if self.length() == 0 and self.moment() == "complete":
             return  # with the headers the client has all of it, so they wait for the outcome
-        self.settle_if_due(complete=self.sent + len(block) >= self.length())
-        self.release()
+        self.proceed(complete=self.sent + len(block) >= self.length())
         self.sent += len(block)
         self._write(block)
 
@@ -201,7 +201,8 @@ class Start(HeldStart):
         :raises AssertionError: the application has not called ``start_response``.
         :raises ValueError: ``commit_on`` returned something else.
         """
-        if self._moment is None:
+        moment = self._moment
+        if moment is None:
             choice: Any = self.policy.commit_on
             if callable(choice):
                 if self.status is None:
@@ -210,14 +211,23 @@ class Start(HeldStart):
                 if choice not in MOMENTS:
                     msg = f"commit_on must return one of {MOMENTS}, got {choice!r}"
                     raise ValueError(msg)
-            self._moment = choice
-        return self._moment
+            self._moment = moment = cast("Moment", choice)
+        return moment
 
-    def settle_if_due(self, *, complete: bool) -> None:
-        """Settle the scope if this is the moment, before a block is sent or at exhaustion.
+    def proceed(self, *, complete: bool) -> None:
+        """Settle the scope if this is the moment, and release the start, before a block is sent.
 
         :param complete: whether the body is whole with this block, or exhausted.
         """
+        self.settle_if_due(complete=complete)
+        released = self.released
+        self.release()
+        if not released:
+            # An outer middleware's start_response may have used a Session.
+            self.settle_if_due(complete=complete)
+
+    def settle_if_due(self, *, complete: bool) -> None:
+        """Settle the scope if this is the moment, see :meth:`proceed`."""
         if not self.scope.undecided():
             return
         moment = self.moment()
@@ -243,9 +253,7 @@ class Start(HeldStart):
 
     def finish(self) -> None:
         """Settle and release a response whose body is finished, and close the scope."""
-        self.settle_if_due(complete=True)
-        self.release()
-        # An outer middleware's start_response may have used a Session.
+        self.proceed(complete=True)
         self.close()
 
     def close(self, error: BaseException | None = None, *, complete: bool = True) -> None:
@@ -346,12 +354,12 @@ class Response:
             sent = start.sent
             if block is END:
                 self._complete = True
+                self._blocks = iter(())  # whoever asks again does not ask the application
             else:
                 sent += len(block)
                 self._complete = self._complete or sent >= start.length()
             if self._complete or not start.released:
-                start.settle_if_due(complete=self._complete)
-                start.release()
+                start.proceed(complete=self._complete)
             start.sent = sent
         except BaseException as error:
             self._finish(error)

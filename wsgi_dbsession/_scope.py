@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session, SessionTransaction
 
+    from ._transaction import AdoptedSession
+
 
 class NoScopeError(RuntimeError):
     """A Session was asked for where no scope is active."""
@@ -163,7 +165,8 @@ class Scope(Unit):
         if wrote:
             self._discarded = self._discarded or calling_line()
         elif wrote is None:
-            line, lines = calling_line(), type(session).dbsession_lines  # type: ignore[attr-defined]
+            line = calling_line()
+            lines = cast("AdoptedSession", session).dbsession_lines
             if line not in lines:
                 lines.add(line)
                 log.warning(

@@ -48,6 +48,13 @@ class Step:
             self._innermost = None if innermost is self else innermost
             _reset(token)
 
+    def enter_block(self) -> None:
+        """Start a ``session_scope`` block, see :meth:`enter`."""
+        innermost = _get()
+        if innermost is not None and not innermost.in_step:
+            _set(active_step())  # or the blocks that the collector closed would pile up
+        self.enter()
+
     def leave_block(self, error: BaseException | None = None) -> None:
         """End a ``session_scope`` block.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sqlalchemy import exc
 from sqlalchemy.orm import Session
@@ -33,6 +33,7 @@ _OPEN = ("08", "57P", "40003", "1180", "1047")
 class AdoptedSession(Session):
     """A Session that reports what a ``close()`` discards; mixed into the application's class."""
 
+    dbsession_lines: ClassVar[set[str]]  # that closed one, and were named in a warning
     dbsession_scope: Any = None  # that has it, until it is closed
     dbsession_pid: int | None = None  # of the process that made it
     dbsession_flushed = False  # something, in the transaction that runs
@@ -83,6 +84,8 @@ def has_written(session: Session) -> bool | None:
     pending = session.new or session.deleted or any(map(session.is_modified, session.dirty))
     if pending or getattr(session, "dbsession_flushed", False):
         return True
+    if not session.is_active:  # a flush has failed: SQLAlchemy has rolled back already
+        return None
     found = {_driver.has_written(connection) for connection, _ in connections(session)}
     return True if True in found else None if None in found else False
 
@@ -113,7 +116,16 @@ class Commit:
         attribute afterwards begins no transaction.
     """
 
-    __slots__ = ("_committed", "_failed", "_final", "_late", "_prepared", "_sessions", "_spoiled")
+    __slots__ = (
+        "_committed",
+        "_doubtful",
+        "_failed",
+        "_final",
+        "_late",
+        "_prepared",
+        "_sessions",
+        "_spoiled",
+    )
 
     def __init__(self, sessions: Sequence[Session], *, final: bool = False) -> None:
         self._sessions = sessions
@@ -121,7 +133,8 @@ class Commit:
         self._committed = 0
         self._late: BaseException | None = None  # out of an after_commit listener
         self._failed: list[Transaction] = []  # of the Session whose COMMIT was the last
-        self._prepared: list[Session] = []
+        self._prepared: list[tuple[Session, list[str]]] = []  # and the names of the transactions
+        self._doubtful: list[str] = []  # of which it is open what becomes
         self._spoiled = False
 
     def run(self) -> None:
@@ -144,16 +157,17 @@ class Commit:
                     self._commit(session)
         except BaseException:
             # Before their connections are invalidated: a prepared transaction survives that.
-            for session in self._prepared:
+            for session, _ in self._prepared:
                 undo(session, "rollback")
             raise
         failure: BaseException | None = None
-        for session in self._prepared:
+        for session, names in self._prepared:
             # The decision has been made: each is committed, even if another fails.
             try:
                 self._commit(session)
             except BaseException as error:
                 failure = failure or error
+                self._doubtful += names
                 # Left to whoever resolves it by hand: a rollback now would keep half of the work.
                 undo(session, "invalidate")
         failure = failure or self._late
@@ -166,8 +180,13 @@ class Commit:
             savepoint.commit()
         found = _infos(session)
         self._failed = [transaction for _, transaction in found]
-        session.prepare()
-        self._prepared.append(session)
+        names = [str(getattr(transaction, "xid", "")) for _, transaction in found]
+        try:
+            session.prepare()
+        except BaseException:
+            self._doubtful += names
+            raise
+        self._prepared.append((session, names))
         self._refuse_swallowed(found)
 
     def _commit(self, session: Session) -> None:
@@ -200,8 +219,8 @@ class Commit:
 
     def explain(self, failure: BaseException) -> tuple[Truth, str]:
         """Return the truth about a failed commit, and a sentence about it."""
-        gids = [gid for session in self._prepared for gid in _gids(session)]
-        prepared = f"; prepared transactions: {', '.join(map(repr, gids))}" if gids else ""
+        names = ", ".join(map(repr, self._doubtful))
+        prepared = f"; prepared transactions: {names}" if names else ""
         if failure is self._late:
             return "committed", "committed, but a listener failed afterwards"
         tried = [transaction for transaction in self._failed if not transaction.is_active]
@@ -220,10 +239,6 @@ class Commit:
 
 def _infos(session: Session) -> list[tuple[dict[Any, Any], Transaction]]:
     return [(connection.info, transaction) for connection, transaction in connections(session)]
-
-
-def _gids(session: Session) -> list[str]:
-    return [str(getattr(transaction, "xid", "")) for _, transaction in connections(session)]
 
 
 def _refuse_spoiled(session: Session) -> None:

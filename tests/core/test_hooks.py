@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import event, select, text
 from sqlalchemy.exc import IntegrityError
 
 from tests.support.errors import AppError, Kill, fail, interrupt_by
@@ -165,17 +165,115 @@ def test_what_a_hook_writes_after_an_error_is_rolled_back(
     assert sqlite_database.notes() == []
 
 
+@pytest.mark.parametrize("outcome", ["commit", "rollback"])
+@pytest.mark.parametrize("work", [True, False], ids=["and writes", "only"])
 def test_a_hook_that_registers_itself_comes_to_an_end(
+    sqlite_database: Database,
+    sqlite_registry: scoped_session[Session],
+    outcome: str,
+    work: bool,
+) -> None:
+    """It is called after each outcome that it asks for, but not for ever."""
+    calls: list[str] = []
+
+    def hook() -> None:
+        calls.append("hook")
+        if work:
+            sqlite_registry.add(Note(text="hook"))
+        getattr(scope, f"on_{outcome}")(hook)
+
+    with (
+        pytest.raises(RuntimeError, match="over 100 subsequent outcomes of one scope"),
+        session_scope(sqlite_registry) as scope,
+    ):
+        getattr(scope, f"on_{outcome}")(hook)
+        if outcome == "rollback":
+            scope.doom()
+
+    assert len(calls) == 100
+    assert scope.outcome == outcome
+    kept = 99 if outcome == "commit" and work else 0
+    assert sqlite_database.notes() == ["hook"] * kept
+
+
+def test_a_hook_of_a_hook_runs_after_what_that_one_has_written(
+    database: Database, registry: scoped_session[Session]
+) -> None:
+    """It waits for the next outcome, so it sees the row, or learns that there is none."""
+    seen: list[object] = []
+    with session_scope(registry) as scope:
+
+        def hook(row: Note | Book) -> None:
+            registry.add(row)
+            scope.on_commit(lambda: seen.append(database.notes()))
+            scope.on_rollback(lambda: seen.append("rollback"))
+
+        registry.add(Note(text="a"))
+        scope.on_commit(hook, Note(text="b"))
+
+    assert seen == [["a", "b"]]
+
+    with pytest.raises(IntegrityError), session_scope(registry) as scope:
+        scope.on_commit(hook, Book(author_id=7))
+
+    assert seen[1:] == ["rollback"]
+
+
+def test_a_listener_that_begins_anew_after_each_rollback_is_no_endless_loop(
     sqlite_registry: scoped_session[Session],
 ) -> None:
-    """A hook that writes, and asks to be called again after that commit, does not run for ever."""
+    """What it reads is rolled back as well, and then that is the end."""
     calls: list[str] = []
+
+    def read(session: Session, _: object) -> None:
+        if not calls[9:]:
+            calls.append("read")
+            session.execute(text("SELECT 1"))
+
+    event.listen(sqlite_registry.session_factory, "after_soft_rollback", read)
+    with pytest.raises(AppError), session_scope(sqlite_registry):
+        sqlite_registry.execute(text("SELECT 1"))
+        raise AppError
+
+    assert calls[:2] == ["read", "read"]
+    assert len(calls) < 9
+
+
+def test_a_hook_gets_its_arguments(sqlite_registry: scoped_session[Session]) -> None:
+    """The very objects, in order, so a method of a queue needs no lambda."""
+    calls: list[tuple[object, ...]] = []
+    argument: list[str] = []
     with session_scope(sqlite_registry) as scope:
+        scope.on_commit(lambda *arguments: calls.append(arguments), argument, 1)
+        scope.on_rollback(lambda *arguments: calls.append(arguments), "rollback")
+        scope.on_commit(lambda *arguments: calls.append(arguments))
+        argument.append("late")
 
-        def hook() -> None:
-            calls.append("hook")
-            sqlite_registry.add(Note(text="hook"))
+    assert calls == [(argument, 1), ()]
+    assert calls[0][0] is argument
 
-        scope.on_commit(hook)
 
-    assert calls == ["hook"]
+@pytest.mark.parametrize("outcome", ["commit", "rollback"])
+def test_an_interruption_in_a_hook_skips_no_other(
+    sqlite_registry: scoped_session[Session],
+    caplog: pytest.LogCaptureFixture,
+    outcome: str,
+) -> None:
+    """The others run, the log names the hook, and the first interruption propagates."""
+    calls: list[str] = []
+    first, second = Kill("first"), SystemExit("second")
+    interrupt = interrupt_by(first)
+    with pytest.raises(Kill, match="first"), session_scope(sqlite_registry) as scope:
+        register = scope.on_commit if outcome == "commit" else scope.on_rollback
+        register(calls.append, "before")
+        register(interrupt)
+        register(calls.append, "between")
+        register(interrupt_by(second))
+        register(calls.append, "after")
+        if outcome == "rollback":
+            scope.doom()
+
+    assert calls == ["before", "between", "after"]
+    assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2
+    assert f"a hook failed after the {outcome}: {interrupt!r}" in caplog.text
+    assert_nothing_left(sqlite_registry)

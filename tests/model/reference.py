@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
-
-from sqlalchemy.exc import SQLAlchemyError
 
 from tests.model.programs import (
     FINISHED,
     Application,
-    Boom,
-    Brief,
     Exchange,
     Hook,
-    Interruption,
-    Outcome,
     RegistryName,
     Statement,
-    name_of,
 )
+from tests.model.unit import INVALID, ORPHAN, Connected, Refused, Setup, Transaction, Unit, veto
+from wsgi_dbsession import NoScopeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -33,234 +27,6 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 NOTHING = b"nothing"  # not even the end of the body, which is None
-ORPHAN = "orphan"
-INVALID = "invalid"
-
-
-@dataclass(frozen=True, repr=False)
-class Setup(Brief):
-    """How the middleware is made, and on what."""
-
-    commit_on: Literal["complete", "headers", "close"] = "complete"
-    commit_error: bool = False
-    vetoes: bool = True
-    registries: tuple[RegistryName, ...] = ("A",)
-    nested: bool = False  # a second middleware around the first, each with one registry
-    twophase: tuple[RegistryName, ...] = ()
-    aborts: bool = False  # a failed statement spoils its transaction, as it does on PostgreSQL
-
-    def known(self, registry: RegistryName) -> RegistryName:
-        return registry if registry in self.registries else "A"
-
-
-class Refused(SQLAlchemyError):  # noqa: N818 - what it is, in one word
-    """The database, or SQLAlchemy, said no."""
-
-
-def veto(environ: WSGIEnvironment, status: str, headers: list[tuple[str, str]]) -> bool:
-    """Like the default one, with a status for which it fails."""
-    if status.startswith("418"):
-        raise Boom
-    return status[:1] in ("4", "5")
-
-
-def say_sorry(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """Answer in place of a response whose commit failed."""
-    start_response("503 Sorry", [])
-    return [b"sorry"]
-
-
-# -- section 5: which -----------------------------------------------------------------------------
-
-
-@dataclass
-class Transaction:
-    """What a Session holds from its first use to the outcome."""
-
-    pending: list[str] = field(default_factory=list)  # not flushed yet
-    rows: list[str] = field(default_factory=list)
-    connected: bool = False
-    aborted: bool = False  # by the database, after a failed statement
-    inactive: bool = False  # by SQLAlchemy, after a failed flush
-
-    def execute(self) -> None:
-        if self.inactive or self.aborted:
-            raise Refused
-        self.connected = True
-
-    def flush(self) -> None:
-        if self.pending:
-            self.connected = True
-            if self.inactive or self.aborted or INVALID in self.pending:
-                self.inactive = True
-                self.pending = []
-                raise Refused
-            self.rows += self.pending
-            self.pending = []
-
-
-@dataclass
-class Connected:
-    """A Session: whether it has a transaction, and whether its next commit is interrupted."""
-
-    twophase: bool
-    transaction: Transaction | None = None
-    trap: bool = False
-
-    def commit(self, committed: list[str]) -> None:
-        transaction = self.transaction or Transaction()
-        if transaction.inactive:
-            raise Refused
-        if self.trap:
-            self.trap = False
-            raise Interruption
-        transaction.flush()
-        if transaction.aborted:
-            if self.twophase:
-                raise Refused  # what the first phase, like a COMMIT, has silently rolled back
-        else:
-            if ORPHAN in transaction.rows:
-                raise Refused
-            committed += transaction.rows
-        self.transaction = None
-
-
-class Unit:
-    """A scope."""
-
-    def __init__(self, model: Model, environ: WSGIEnvironment | None = None) -> None:
-        self.model = model
-        self.environ = environ
-        self.lane = model.lanes
-        model.lanes += 1
-        self.sessions: dict[RegistryName, Connected] = {}
-        self.in_use = False  # the application has asked for the scope, or for a Session
-        self.doomed = False
-        self.kept = False
-        self.hooks: list[tuple[Hook, str]] = []
-        self.decided = False
-        self.failure: BaseException | None = None
-
-    def begun(self) -> list[tuple[RegistryName, Connected]]:
-        return [
-            (name, self.sessions[name])
-            for name in self.model.setup.registries
-            if name in self.sessions and self.sessions[name].transaction is not None
-        ]
-
-    def undecided(self) -> bool:
-        """Say whether there is something to decide, or something new since the last outcome."""
-        return bool(self.hooks or self.begun() or (self.in_use and not self.decided))
-
-    def settle(
-        self,
-        error: BaseException | None = None,
-        complete: bool = True,
-        vetoes: Callable[[], bool] = bool,
-    ) -> None:
-        """The table of section 5, and what follows from it."""
-        self.decided = True
-        vetoed = False
-        try:
-            if error is not None or self.doomed or not complete:
-                outcome: Outcome = "rollback"
-            elif self.kept:
-                outcome = "commit"
-            else:
-                vetoed = vetoes()
-                outcome = "rollback" if vetoed else "commit"
-        except BaseException:
-            self.roll_back()
-            raise
-        if outcome == "rollback":
-            if vetoed:
-                self.say_what_is_discarded()
-            self.roll_back()
-            return
-        try:
-            self.commit()
-        except BaseException as failure:
-            self.failure = failure
-            self.roll_back()
-            if self.environ is not None:
-                self.doomed = True  # whatever the application makes of it, out of write()
-                known = isinstance(failure, Exception)
-                self.model.log.append(
-                    f"ERROR: {'the commit failed' if known else 'nobody knows if it took place'}"
-                )
-            raise
-        self.run_hooks("commit")
-
-    def commit(self) -> None:
-        """All are flushed, the two-phase ones prepared, and then all are committed."""
-        begun = self.begun()
-        several = len(begun) > 1
-        prepared = []
-        for _, session in begun:
-            assert session.transaction is not None
-            if len(self.sessions) > 1:
-                session.transaction.flush()
-        for _, session in begun:
-            transaction = session.transaction
-            assert transaction is not None
-            if transaction.aborted or transaction.inactive:
-                raise Refused
-        for name, session in begun:
-            if several and name in self.model.setup.twophase:
-                rows: list[str] = []
-                session.commit(rows)
-                prepared.append((name, rows))
-        for name, session in begun:
-            if session.transaction is not None:
-                session.commit(self.model.rows(self.lane, name))
-        for name, rows in prepared:
-            self.model.rows(self.lane, name).extend(rows)
-
-    def roll_back(self) -> None:
-        for session in self.sessions.values():
-            session.transaction = None
-        self.run_hooks("rollback")
-
-    def run_hooks(self, outcome: Outcome) -> None:
-        self.model.stack.append(self)
-        while self.hooks:
-            hook, label = self.hooks.pop(0)
-            if hook.when != outcome:
-                continue
-            self.model.hooks_run.append(label)
-            if hook.then == "raise":
-                self.model.log.append("ERROR: a hook failed")
-            elif hook.then == "add":
-                self.model.do("add", "A", label)
-            elif hook.then == "register another":
-                self.hooks.append((Hook(hook.when), f"{label}'"))
-        self.model.stack.pop()
-
-    def say_what_is_discarded(self) -> None:
-        assert self.environ is not None
-        safe = self.environ["REQUEST_METHOD"] in ("GET", "HEAD")
-        for _, session in self.begun():
-            assert session.transaction is not None
-            if not safe or session.transaction.pending:
-                self.model.log.append("INFO: because of its status")
-                return
-
-    def end(
-        self,
-        error: BaseException | None = None,
-        complete: bool = True,
-        vetoes: Callable[[], bool] = bool,
-    ) -> None:
-        try:
-            for _ in range(2):  # again for what a hook began
-                if self.undecided():
-                    self.settle(error, complete, vetoes)
-        except BaseException:
-            if error is None:
-                raise
-        finally:
-            self.sessions.clear()
-            self.hooks.clear()
 
 
 class Model:
@@ -276,6 +42,7 @@ class Model:
         self.log: list[str] = []
         self.lost: list[str] = []
         self.asked: list[Exchange] = []
+        self.warned: set[RegistryName] = set()
         self.app: WSGIApplication = Reference(self)
 
     def rows(self, lane: int, registry: RegistryName) -> list[str]:
@@ -309,7 +76,8 @@ class Model:
         return self.asked[-1]
 
     def current(self) -> Unit:
-        self.stack[-1].in_use = True
+        if not self.stack:
+            raise NoScopeError
         return self.stack[-1]
 
     def say(self, what: Literal["doom", "keep"]) -> None:
@@ -323,8 +91,8 @@ class Model:
 
     @contextmanager
     def block(self) -> Iterator[None]:
-        unit = self.make_unit()
-        self.stack.append(unit)
+        unit, stack = self.make_unit(), self.stack
+        stack.append(unit)
         try:
             yield
         except BaseException as error:
@@ -333,14 +101,15 @@ class Model:
         else:
             unit.end()
         finally:
-            self.stack.pop()
+            stack.remove(unit)
 
     def do(self, statement: Statement, registry: RegistryName, label: str) -> None:
         registry = self.setup.known(registry)
         unit = self.current()
         if statement == "remove":
-            unit.sessions.pop(registry, None)
+            self.remove(unit, registry)
             return
+        unit.in_use = True
         session = unit.sessions.setdefault(registry, Connected(registry in self.setup.twophase))
         if statement == "interrupt commit":
             session.trap = True
@@ -360,6 +129,17 @@ class Model:
                 session.transaction = Transaction()
             self.work(session.transaction, statement, label)
 
+    def remove(self, unit: Unit, registry: RegistryName) -> None:
+        session = unit.sessions.pop(registry, None)
+        if session is None or session.transaction is None:
+            return
+        wrote = session.transaction.has_written()
+        if wrote:
+            unit.discarded = True
+        elif wrote is None and registry not in self.warned:
+            self.warned.add(registry)  # once for a line
+            self.log.append("WARNING: closed a Session")
+
     def work(self, transaction: Transaction, statement: Statement, label: str) -> None:
         if statement == "add":
             transaction.pending.append(label)
@@ -375,6 +155,8 @@ class Model:
             elif statement == "fail":
                 transaction.aborted = self.setup.aborts
                 raise Refused
+            elif statement == "fail in savepoint":
+                transaction.touched = self.setup.aborts  # PostgreSQL has a number for it
 
 
 # -- section 4: when ------------------------------------------------------------------------------
@@ -412,7 +194,9 @@ class Reply:
         self.result: Any = None
         self.blocks: Any = None
         self.ahead: bytes | None = NOTHING  # a block that the server has not asked for yet
+        self.failure: BaseException | None = None  # of whatever was settled
         self.complete = False
+        self.passed = False  # a block, to the server
         self.over = False
 
     # The start.
@@ -428,8 +212,8 @@ class Reply:
 
     def hand_on_the_start(self) -> None:
         """Make sure that the server has it; but nothing that calls a failed commit a success."""
-        if self.unit.failure is not None and (self.status or "2")[0] not in "45":
-            raise self.unit.failure
+        if self.failure is not None and (self.status or "2")[0] not in "45":
+            raise self.failure
         if self.is_handed_on:
             return
         assert self.status is not None
@@ -460,7 +244,12 @@ class Reply:
     def settle_if_this_is_the_moment(self, complete: bool) -> None:
         first = self.setup.commit_on == "headers" and not self.is_handed_on
         if self.setup.commit_on != "close" and (complete or first) and self.unit.undecided():
-            self.unit.settle(vetoes=self.vetoes)
+            try:
+                self.unit.settle(vetoes=self.vetoes)
+            except BaseException as failure:
+                self.failure = failure
+                self.unit.doomed = True  # whatever the application makes of it, out of write()
+                raise
 
     def completes(self, block: bytes) -> bool:
         return self.sent + len(block) >= self.size()
@@ -490,9 +279,10 @@ class Reply:
                     if self.setup.commit_on == "close":
                         return self
                     if self.environ["tests.plan"].body in FINISHED:
-                        self.unit.end(vetoes=self.vetoes)
-                        self.over = True
+                        self.settle_if_this_is_the_moment(True)
                         self.hand_on_the_start()
+                        self.over = True
+                        self.unit.end(vetoes=self.vetoes)
                         finished: Iterable[bytes] = self.result
                         return finished
                     self.ahead = self.advance()  # some servers take the start when this returns
@@ -510,6 +300,8 @@ class Reply:
 
     def __next__(self) -> bytes:
         block, self.ahead = self.ahead, NOTHING
+        if block is NOTHING and self.passed and not self.over and self.is_head():
+            block = None  # the rest is never sent, and may be endless
         if block is NOTHING:
             if self.over:
                 rest: bytes = next(self.blocks)
@@ -527,7 +319,11 @@ class Reply:
                 return b"".join(self.answer())
         if block is None:
             raise StopIteration
+        self.passed = True
         return block
+
+    def is_head(self) -> bool:
+        return bool(self.environ["REQUEST_METHOD"] == "HEAD")
 
     def advance(self) -> bytes | None:
         """Get a block from the application, settle if this is the moment, hand on the start."""
@@ -536,9 +332,6 @@ class Reply:
         block: bytes | None = next(self.blocks, None)
         if block is None or self.completes(block):
             self.complete = True
-            if block is not None and self.size() == 0 and self.setup.commit_on == "complete":
-                for _ in self.blocks:  # no body: the headers are the last moment
-                    pass
         self.settle_if_this_is_the_moment(self.complete)
         self.hand_on_the_start()
         self.sent += len(block or b"")
@@ -560,13 +353,14 @@ class Reply:
                 self.finish(complete=self.complete or unsent)
 
     def forgotten(self) -> None:
-        """Be what the package notices by itself."""
+        """Be the finalizer: the Sessions are closed, and nothing of the application runs."""
         if not self.over:
-            try:
-                with self.step():
-                    self.finish()
-            except BaseException as error:
-                self.model.lost.append(name_of(error))
+            self.over = True
+            if self.unit.undecided():
+                self.model.lost.append("ResourceWarning")
+            self.unit.sessions.clear()
+            # The interpreter closes what else is dropped, generators of the application.
+            self.result = self.blocks = self.ahead = None
 
     def finish(self, error: BaseException | None = None, complete: bool = False) -> None:
         self.over = True

@@ -24,7 +24,8 @@ from hypothesis.stateful import (
 )
 
 from tests.model.programs import Exchange, Plan, environ_for, name_of, plans
-from tests.model.reference import Model, Setup
+from tests.model.reference import Model
+from tests.model.unit import Setup
 from tests.model.world import STEPS, Files, Log, Place, Servers, Step, World
 
 if TYPE_CHECKING:

@@ -1,0 +1,340 @@
+"""Errors that the application, or a listener, swallows do not end in a success."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, PendingRollbackError
+
+from tests.core.discards import DISCARDS
+from tests.support.galera import mariadb
+from tests.support.models import Database, Note, make_engine
+from tests.support.wsgi import ask, make_registry
+from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from sqlalchemy import URL, Engine
+    from sqlalchemy.orm import Session, scoped_session
+
+    Registry = scoped_session[Session]
+
+pytestmark = pytest.mark.promise("no silent loss", "aborted")
+
+
+def fail(session: Session) -> None:
+    with contextlib.suppress(DBAPIError):
+        session.execute(text("SELECT 1/0"))
+
+
+# -- PostgreSQL -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["after_flush", "after_flush_postexec", "before_commit"])
+def test_a_listener_may_swallow_the_error(
+    driver_registry: Registry, postgres_database: Database, name: str
+) -> None:
+    """It runs in the flush, or in the commit itself, after the last question."""
+    event.listen(driver_registry.session_factory, name, lambda session, *_: fail(session))
+
+    with (
+        pytest.raises((PendingRollbackError, DBAPIError)),
+        session_scope(driver_registry) as scope,
+    ):
+        driver_registry.add(Note(text="lost"))
+
+    assert (scope.outcome, scope.reason) == ("rollback", "rolled back")
+    assert postgres_database.notes() == []
+
+
+def test_a_listener_of_the_mapper_may_swallow_the_error(
+    postgres_registry: Registry, postgres_database: Database
+) -> None:
+    """Such as one that writes an audit row beside each insert."""
+
+    def audit(_: object, connection: Any, __: object) -> None:
+        with contextlib.suppress(DBAPIError):
+            connection.execute(text("INSERT INTO audit VALUES (1)"))
+
+    event.listen(Note, "after_insert", audit)
+    try:
+        with pytest.raises(PendingRollbackError), session_scope(postgres_registry):
+            postgres_registry.add(Note(text="lost"))
+    finally:
+        event.remove(Note, "after_insert", audit)
+
+    assert postgres_database.notes() == []
+
+
+def test_an_error_that_a_savepoint_took_back_is_none(
+    postgres_registry: Registry, postgres_database: Database
+) -> None:
+    """In a listener of the commit, too."""
+
+    def try_it(session: Session) -> None:
+        if not session.in_nested_transaction():
+            with contextlib.suppress(DBAPIError), session.begin_nested():
+                session.execute(text("SELECT 1/0"))
+
+    event.listen(postgres_registry.session_factory, "before_commit", try_it)
+
+    with session_scope(postgres_registry):
+        postgres_registry.add(Note(text="kept"))
+
+    assert postgres_database.notes() == ["kept"]
+
+
+def test_both_phases_are_asked(
+    postgres_database: Database, other_postgres_database: Database
+) -> None:
+    """PostgreSQL answers PREPARE of an aborted transaction with ROLLBACK, too."""
+    first = make_registry(postgres_database.engine, twophase=True)
+    second = make_registry(other_postgres_database.engine, twophase=True)
+    event.listen(second.session_factory, "before_commit", fail)
+
+    with pytest.raises((PendingRollbackError, DBAPIError)), session_scope(first, second):
+        first.add(Note(text="lost"))
+        second.add(Note(text="lost"))
+
+    assert postgres_database.notes() == other_postgres_database.notes() == []
+
+
+def test_the_driver_is_asked_and_not_the_name_of_the_dialect(postgres_database: Database) -> None:
+    """What speaks PostgreSQL's protocol behaves the same, whatever it is called."""
+    engine = make_engine(postgres_database.url)
+    engine.dialect.name = "cockroachdb"
+    registry = make_registry(engine)
+
+    with pytest.raises(PendingRollbackError), session_scope(registry):
+        registry.add(Note(text="lost"))
+        registry.flush()
+        fail(registry())
+
+    assert postgres_database.notes() == []
+    engine.dispose()
+
+
+# -- SQLite ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["BEGIN recipe", "legacy transactions"])
+def unique(request: pytest.FixtureRequest, sqlite_database: Database) -> Iterator[Registry]:
+    """A registry over SQLite, where the note 1 is there already."""
+    engine: Engine = sqlite_database.engine
+    if request.param == "legacy transactions":
+        engine = create_engine(sqlite_database.url)
+    with sqlite_database.observer.begin() as connection:
+        connection.execute(text("INSERT INTO note VALUES (1, 'there')"))
+    yield make_registry(engine)
+    engine.dispose()
+
+
+def insert_or_rollback(registry: Registry) -> None:
+    with pytest.raises(IntegrityError):
+        registry.execute(text("INSERT OR ROLLBACK INTO note VALUES (1, 'again')"))
+
+
+def test_sqlite_may_end_the_transaction(unique: Registry, sqlite_database: Database) -> None:
+    """What was written before is gone, and a commit would keep the other half."""
+    with (
+        pytest.raises(PendingRollbackError, match="UNIQUE constraint failed"),
+        session_scope(unique),
+    ):
+        unique.execute(text("INSERT INTO note (text) VALUES ('lost')"))
+        insert_or_rollback(unique)
+
+    assert sqlite_database.notes() == ["there"]
+
+
+def test_where_nothing_was_written_nothing_is_lost(
+    unique: Registry, sqlite_database: Database
+) -> None:
+    """The first statement of the transaction: what comes after it is all there is."""
+    with session_scope(unique):
+        insert_or_rollback(unique)
+
+    assert sqlite_database.notes() == ["there"]
+
+
+# -- MariaDB --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["time-out", "time-out rolls back"])
+def mariadb_url(request: pytest.FixtureRequest) -> Iterator[URL]:
+    """A server with each way to treat a lock that is waited for too long."""
+    with mariadb(f"--innodb-rollback-on-timeout={request.param}") as server:
+        yield server.url().update_query_dict({"rolls_back": str(request.param)})
+
+
+@pytest.fixture
+def accounts(mariadb_url: URL) -> Iterator[Engine]:
+    """Two accounts."""
+    engine = create_engine(mariadb_url.difference_update_query(["rolls_back"]))
+    with engine.begin() as connection:
+        connection.execute(text("CREATE OR REPLACE TABLE account (id INT PRIMARY KEY, n INT)"))
+        connection.execute(text("INSERT INTO account VALUES (1, 0), (2, 0), (3, 0)"))
+    yield engine
+    engine.dispose()
+
+
+def numbers(engine: Engine) -> list[int]:
+    with engine.connect() as connection:
+        return list(connection.scalars(text("SELECT n FROM account ORDER BY id")))
+
+
+def count_up(number: int) -> Any:
+    return text(f"UPDATE account SET n = n + 1 WHERE id = {number}")
+
+
+def lose_a_race(registry: Registry, engine: Engine) -> None:
+    """Be the one of two crosswise transactions that MariaDB rolls back."""
+    ready, go_on = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with engine.begin() as connection:
+            # The one with fewer changes is the victim.
+            for _ in range(3):
+                connection.execute(count_up(2))
+            connection.execute(text("UPDATE account SET n = n + 7 WHERE id = 3"))
+            ready.set()
+            go_on.wait(20)
+            connection.execute(count_up(1))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    ready.wait(20)
+    try:
+        go_on.set()
+        registry.execute(count_up(2))
+    finally:
+        thread.join(20)
+
+
+@pytest.mark.parametrize("savepoint", [False, True], ids=["plain", "in a savepoint"])
+def test_a_swallowed_deadlock_of_mariadb_is_refused(accounts: Engine, savepoint: bool) -> None:
+    """It has rolled back the whole transaction, and begun another one with the next statement."""
+    registry = make_registry(accounts)
+
+    with pytest.raises(PendingRollbackError, match="1213"), session_scope(registry):
+        registry.execute(count_up(1))
+        block: Any = registry.begin_nested() if savepoint else contextlib.nullcontext()
+        with contextlib.suppress(OperationalError), block:
+            lose_a_race(registry, accounts)
+        registry.execute(count_up(3))
+
+    assert numbers(accounts) == [1, 3, 7]
+
+
+def test_a_time_out_is_refused_where_it_rolls_back(mariadb_url: URL, accounts: Engine) -> None:
+    """With ``innodb_rollback_on_timeout``; else only the statement is undone."""
+    rolls_back = mariadb_url.query["rolls_back"] == "1"
+    registry = make_registry(accounts)
+    refused: Any = pytest.raises(PendingRollbackError, match="1205")
+    with accounts.connect() as blocker:
+        blocker.execute(count_up(2))
+        with refused if rolls_back else contextlib.nullcontext(), session_scope(registry):
+            registry.execute(text("SET SESSION innodb_lock_wait_timeout = 1"))
+            registry.execute(count_up(1))
+            with pytest.raises(OperationalError, match="1205"):
+                registry.execute(count_up(2))
+            registry.execute(count_up(3))
+        blocker.rollback()
+
+    assert numbers(accounts) == ([0, 0, 0] if rolls_back else [1, 0, 1])
+
+
+@pytest.mark.parametrize("discard", DISCARDS.values(), ids=DISCARDS)
+def test_a_discarded_write_to_mariadb_is_refused(
+    accounts: Engine, discard: Callable[[Registry], None]
+) -> None:
+    """The server is asked, twice, how many rows the transaction has changed."""
+    registry = make_registry(accounts)
+
+    with pytest.raises(RuntimeError, match="what it had written is lost"), session_scope(registry):
+        registry.execute(count_up(1))
+        discard(registry)
+
+    assert numbers(accounts) == [0, 0, 0]
+
+
+def test_a_read_from_mariadb_is_warned_of_at_most(
+    accounts: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the server shows of its transactions may be too old to prove that nothing was lost."""
+    registry = make_registry(accounts)
+
+    for _ in range(3):
+        with session_scope(registry) as scope:
+            assert registry.scalar(text("SELECT n FROM account WHERE id = 1")) == 0
+            registry.remove()
+
+    assert scope.outcome == "commit"
+    assert len(caplog.records) == 1
+
+
+def test_without_the_privilege_it_cannot_be_known(
+    accounts: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MariaDB shows its transactions to those only who have the privilege PROCESS."""
+    with accounts.begin() as connection:
+        connection.execute(text("CREATE OR REPLACE USER app@'127.0.0.1' IDENTIFIED BY 'app'"))
+        connection.execute(text("GRANT ALL ON test.* TO app@'127.0.0.1'"))
+    engine = create_engine(accounts.url.set(username="app", password="app", host="127.0.0.1"))
+    registry = make_registry(engine)
+
+    with session_scope(registry):
+        registry.execute(count_up(1))
+        registry.remove()
+
+    assert "closed a Session in an open transaction" in caplog.text
+    assert numbers(accounts) == [0, 0, 0]
+    engine.dispose()
+
+
+# -- a registry that was not passed ---------------------------------------------------------------
+
+
+def test_a_registry_that_was_not_adopted_is_refused_at_its_first_use(
+    sqlite_registry: Registry, sqlite_database: Database
+) -> None:
+    """Nothing would commit or close its Sessions; today's error names the fix."""
+    forgotten = make_registry(sqlite_database.engine)
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        forgotten.add(Note(text="lost"))
+        start_response("201 Created", [])
+        return []
+
+    protected = SessionMiddleware(app, sqlite_registry)
+    replies = [ask(protected, "POST") for _ in range(20)]
+
+    assert {reply.status for reply in replies} == {"500 Internal Server Error"}
+    for reply in replies:
+        (error,) = reply.errors
+        assert "pass the scoped_session to SessionMiddleware(app, Session)" in str(error)
+    pool: Any = sqlite_database.engine.pool
+    assert pool.checkedout() == 0
+
+
+def test_a_registry_that_another_middleware_was_given_shares_the_outcome(
+    sqlite_registry: Registry, sqlite_database: Database
+) -> None:
+    """Once it is adopted, it does not matter by which middleware or block."""
+    other = make_registry(sqlite_database.engine)
+    session_scope(other)
+
+    with pytest.raises(ZeroDivisionError), session_scope(sqlite_registry):
+        other.add(Note(text="lost"))
+        other.flush()
+        assert current_scope().sessions
+        raise ZeroDivisionError
+    with session_scope(sqlite_registry):
+        other.add(Note(text="kept"))
+
+    assert sqlite_database.notes() == ["kept"]

@@ -55,16 +55,6 @@ class Run:
         """How many transfers were sent, without those of the controls."""
         return sum(each.transfers for each in self.segments)
 
-    @property
-    def failures(self) -> list[str]:
-        """What makes the run fail."""
-        blind = [f"not caught: {each.name}" for each in self.controls if not each.caught]
-        return blind + [
-            f"{each.name}: {violation['kind']} ({violation['token']})"
-            for each in self.segments
-            for violation in each.violations
-        ]
-
     def asdict(self) -> dict[str, Any]:
         """Return it for JSON."""
         return asdict(self)
@@ -126,6 +116,7 @@ def _set_up(server: str, database: Database, number: int, seed: int, seconds: fl
         FAULTS,
         driver=driver,
         isolation=database.isolations[number % len(database.isolations)],
+        pause=0.8 if seconds < LONGEST else 1.6,
     )
 
 

@@ -3,6 +3,7 @@
 #   make demo             run the example application (ONCE=1: its checks only, then end)
 #   make test             two minutes of tests, with coverage, lint, types (ARGS="-k commit": these)
 #   make test-all         the same with all tests: servers, frameworks, clusters, long ones
+#   make soak             transfers under faults (MINUTES=60: for longer; SOAK_DB=mariadb: there)
 #   make bench            measure, 10 minutes (QUICK=1: only see that it runs; ARGS=held: one part)
 #   make docs             build the site into build/docs
 #   make docs-servers     run the tests of the servers, and write docs/servers.md from what they see
@@ -16,6 +17,8 @@
 PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
+MINUTES ?= 2
+SOAK_DB ?= postgres
 
 VENV := .venv
 BENCH_VENV := .bench-venv
@@ -32,7 +35,7 @@ endef
 pip_install = -m pip install --quiet --disable-pip-version-check --editable . --group
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all unit unit-all lint types format bench docs docs-servers docs-promises release-check tox clean
+.PHONY: help demo test test-all unit unit-all lint types format soak bench docs docs-servers docs-promises release-check tox clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -62,6 +65,9 @@ types: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) --database $(SOAK_DB) $(ARGS)
 
 bench: $(BENCH_VENV)/.installed-bench
 	$(BENCH_VENV)/bin/python -m benchmarks $(if $(call yes,$(QUICK)),--quick) $(ARGS)

@@ -59,8 +59,8 @@ def warn(message: str) -> None:
     print(f"ATTENTION: {message}", file=sys.stderr, flush=True)
 
 
-def versions() -> str:
-    found = [f"{name} {importlib.metadata.version(name)}" for name in DISTRIBUTIONS]
+def versions(distributions: Iterable[str] = DISTRIBUTIONS) -> str:
+    found = [f"{name} {importlib.metadata.version(name)}" for name in distributions]
     return f"{platform.python_implementation()} {platform.python_version()}, " + ", ".join(found)
 
 

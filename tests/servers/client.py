@@ -6,9 +6,12 @@ import socket
 import struct
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Framing = Literal["none", "length", "chunked", "close"]
 Ended = Literal["open", "closed", "reset", "timeout"]
@@ -89,10 +92,16 @@ class Connection:
         self.socket.close()
 
     def send(
-        self, path: str, *, method: str = "GET", version: str = "1.1", close: bool = False
+        self,
+        path: str,
+        *,
+        method: str = "GET",
+        version: str = "1.1",
+        close: bool = False,
+        headers: Iterable[str] = (),
     ) -> None:
         """Send a request without waiting for the response."""
-        lines = [f"{method} {path} HTTP/{version}", "Host: 127.0.0.1"]
+        lines = [f"{method} {path} HTTP/{version}", "Host: 127.0.0.1", *headers]
         if close:
             lines.append("Connection: close")
         if method == "POST":

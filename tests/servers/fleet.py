@@ -14,9 +14,14 @@ import uuid
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
+
+from tests.support.sweeper import children
 
 from .client import Seen, fetch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 HERE = Path(__file__).parent
 LIFE = 300  # seconds after which a server is ended, whatever the tests do
@@ -252,21 +257,35 @@ def free_port() -> int:
 
 
 class Running:
-    """A server that runs, until `stop`."""
+    """A server that runs, until `stop`.
 
-    def __init__(self, server: Server, database_url: str, *extra: str):
+    :param extra: more options of its command line.
+    :param place: the directory with the `application.py` that it serves.
+    :param environ: more environment variables.
+    :param life: seconds after which it is ended, whatever the tests do.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        database_url: str,
+        *extra: str,
+        place: Path = HERE,
+        environ: Mapping[str, str] | None = None,
+        life: float = LIFE,
+    ):
         self.server = server
         self.port = free_port()
         #: the name under which PostgreSQL knows its connections
         self.name = f"servers-{uuid.uuid4().hex[:12]}"
         self.root = Path(tempfile.mkdtemp(prefix="wsgi_dbsession-"))
         self._log: IO[bytes] = (self.root / "log").open("w+b")
-        environ = {
+        variables = {
             # A server that is killed leaves no usable measurement of the coverage.
             **{k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")},
             "DATABASE_URL": database_url,
             "PGAPPNAME": self.name,
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)]),
+            "PYTHONPATH": os.pathsep.join([str(place), str(HERE.parent.parent)]),
             "HOME": str(self.root),  # gunicorn puts its control socket there
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -274,14 +293,15 @@ class Running:
             "PATH": os.pathsep.join(
                 [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin"]
             ),
+            **(environ or {}),
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "keeper.py"), str(LIFE), *self._command(*extra)],
+            [sys.executable, str(HERE / "keeper.py"), str(life), *self._command(*extra)],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,
-            cwd=HERE,
-            env=environ,
+            cwd=place,
+            env=variables,
         )
         try:
             self._wait()
@@ -330,6 +350,13 @@ class Running:
     ) -> Seen:
         """Make one request on a connection of its own."""
         return fetch(self.port, path, method=method, version=version, timeout=timeout)
+
+    def workers(self) -> list[int]:
+        """Return the processes that answer requests, without the one that watches them."""
+        servers = children(self._process.pid)
+        if self.server.supervised:
+            return [worker for pid in servers for worker in children(pid)]
+        return servers
 
     def log(self) -> str:
         """Return what the server wrote to its standard output and error."""

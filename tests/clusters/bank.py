@@ -6,7 +6,6 @@ clients remember what each of them was told; afterwards the books are compared w
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import random
 import threading
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
 from typing_extensions import Self
 
 from tests.support.wsgi import Server, make_environ
@@ -34,29 +32,13 @@ if TYPE_CHECKING:
     Fetch = Callable[[str], list[tuple[Any, ...]]]
 
 ACKNOWLEDGED, ROLLED_BACK, UNKNOWN = "acknowledged", "rolled back", "unknown"
-REASONS = ("unknown", "commit failed")
 START = 1000
 
 
 def protect(app: SessionMiddleware, attempts: int) -> RetryMiddleware:
     """Put the retry around it; connects are retried too, and the raw errors of pg8000's socket."""
-    make: Any = RetryMiddleware
-    options: dict[str, Any]
-    if "retry_connect" in inspect.signature(make).parameters:
-        options = {"timeout": 20, "backoff_max": 0.2, "retry_connect": True, "on": OSError}
-    else:
-        options = {"give_up_after": 20, "max_backoff": 0.2, "also": failed_to_connect}
-    made: RetryMiddleware = make(app, attempts=attempts, **options)
-    return made
-
-
-def failed_to_connect(error: BaseException) -> bool:
-    """Return whether no connection could be made."""
-    return isinstance(error, OSError) or (
-        isinstance(error, DBAPIError)
-        and error.statement is None
-        and not error.connection_invalidated
-        and getattr(error.orig, "args", (None,))[0] not in (1180, 1047)
+    return RetryMiddleware(
+        app, attempts=attempts, timeout=20, backoff_max=0.2, retry_connect=True, on=OSError
     )
 
 
@@ -215,7 +197,7 @@ class Load:
         if error is None and (server.status, server.body) == ("200 OK", b"done"):
             self.told[token] = ACKNOWLEDGED
         else:
-            self.told[token] = UNKNOWN if scope.reason in REASONS else ROLLED_BACK
+            self.told[token] = UNKNOWN if scope.reason == UNKNOWN else ROLLED_BACK
             self.errors[describe(error) if error else server.status] += 1
 
 

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import growth, held, overhead, replica, report, scale, throughput
+from benchmarks import bars, growth, held, overhead, replica, report, scale, throughput
 from benchmarks.applications.common import make_engine, prepare_database
 from tests.support import postgres
 
 PARTS: dict[str, Any] = {
+    "bars": bars,
     "overhead": overhead,
     "held": held,
     "throughput": throughput,
@@ -88,8 +89,6 @@ def render(results: dict[str, Any], directory: Path) -> str:
         f"- {results['machine']}\n"
         f"- {results['versions']}\n"
     )
-    if "overhead" in results["parts"]:
-        parts.append(overhead.render_promises(results["parts"]["overhead"]))
     parts += [PARTS[name].render(found, directory) for name, found in results["parts"].items()]
     return "\n".join(parts)
 

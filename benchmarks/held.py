@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import chart, report, servers
@@ -19,36 +20,70 @@ BODIES = {"a finished body of 1 MB": "/big", "a stream of 1 MB": "/big-stream"}
 
 
 def measure(urls: dict[str, str], *, quick: bool) -> dict[str, Any]:
-    """Return the requests a second of the others, by body, application and slow readers."""
-    counts = [0, 20] if quick else [0, 50, 200, 1000]
+    """Return the requests a second of the others, by body, application and slow readers.
+
+    The applications are loaded in turns, so that what disturbs the machine disturbs all of them.
+    """
+    counts = [0, 20] if quick else [0, 50, 1000]
     bodies = list(BODIES)[:1] if quick else list(BODIES)
-    found: dict[str, dict[str, list[list[float]]]] = {body: {} for body in bodies}
+    names = [("bare WSGI", OURS)] if quick else _peers()
+    found: dict[str, dict[str, list[list[float]]]] = {}
     failures: dict[str, str] = {}
-    for framework, peer in [("bare WSGI", OURS)] if quick else _peers():
-        with contextlib.ExitStack() as stack:
-            server: servers.Server | None = None
-            name = f"{peer} ({framework})"
-            for body in bodies:
-                row = found[body][name] = []
+    with contextlib.ExitStack() as stack:
+        peers = [Peer(*name, urls["PostgreSQL"]) for name in names]
+        for peer in peers:
+            stack.callback(peer.close)
+        for body in bodies:
+            cells: dict[tuple[str, int], list[tuple[int, float]]] = {}
+            for _ in range(1 if quick else 3):
                 for count in counts:
-                    if server is None:
-                        server = stack.enter_context(
-                            servers.serve(
-                                *("pywsgi", framework, peer, urls["PostgreSQL"]),
-                                pool_size=POOL_SIZE,
-                            )
-                        )
-                    port = server.port
-                    with slow_readers(port, BODIES[body], count) as answered:
-                        seen = own_load(port, "/select", clients=CLIENTS, seconds=0.8)
-                    row.append([answered, seen.per_second])
-                    if seen.failed:
-                        failures[name] = server.last_words()
-                    if answered < count:
-                        # Some do not recover from clients that went away: each gets a new start.
-                        stack.close()
-                        server = None
+                    for peer in peers:
+                        cell = cells.setdefault((peer.name, count), [])
+                        if not cell or cell[-1][0] == count:  # else it would only wait again
+                            cell.append(peer.load(BODIES[body], count))
+            found[body] = {
+                peer.name: [_median(cells[peer.name, count]) for count in counts] for peer in peers
+            }
+        for peer in peers:
+            if peer.failure is not None:
+                failures[peer.name] = peer.failure
     return {"counts": counts, "bodies": found, "failures": failures}
+
+
+def _median(cell: list[tuple[int, float]]) -> list[float]:
+    answered = min(answered for answered, _ in cell)
+    return [answered, statistics.median(per_second for _, per_second in cell)]
+
+
+class Peer:
+    """A server with one of the applications, until it is left in a bad state."""
+
+    def __init__(self, framework: str, peer: str, url: str) -> None:
+        self.name = f"{peer} ({framework})"
+        self.failure: str | None = None
+        self._arguments = ("pywsgi", framework, peer, url)
+        self._stack = contextlib.ExitStack()
+        self._server: servers.Server | None = None
+
+    def close(self) -> None:
+        self._server = None
+        self._stack.close()
+
+    def load(self, path: str, count: int) -> tuple[int, float]:
+        """Return how many slow readers are answered, and the requests a second of the others."""
+        if self._server is None:
+            self._server = self._stack.enter_context(
+                servers.serve(*self._arguments, pool_size=POOL_SIZE)
+            )
+            own_load(self._server.port, "/select", clients=CLIENTS, seconds=0.3)  # to warm it up
+        with slow_readers(self._server.port, path, count) as answered:
+            seen = own_load(self._server.port, "/select", clients=CLIENTS, seconds=0.8)
+        if seen.failed:
+            self.failure = self._server.last_words()
+        if answered < count:
+            # Some do not recover from clients that went away: each gets a new start.
+            self.close()
+        return answered, seen.per_second
 
 
 def _peers() -> list[tuple[str, str]]:
@@ -70,7 +105,9 @@ def render(results: dict[str, Any], directory: Path) -> str:
             has asked for a response for which the view ran a SELECT, and reads 1 KB twice a
             second. Meanwhile {CLIENTS} other clients ask for a SELECT as quickly as they are
             answered: the table has the successful requests a second that these get in all, and
-            in brackets how many of the slow readers have the beginning of their answer.
+            in brackets how many of the slow readers have the beginning of their answer. The
+            applications are loaded in turns, and each number is the median of three loads, or of
+            as many as there were until slow readers got no answer.
         """),
         report.prose("""
             An application that ends its transaction when the response is closed holds a

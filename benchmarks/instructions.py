@@ -16,46 +16,83 @@ import tempfile
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy.orm import configure_mappers
 
-from benchmarks import report
-from benchmarks.applications.common import BY_HAND, NONE, OURS, make_engine
-from benchmarks.applications.every import APPLICATIONS, make_application
+from benchmarks import editions
+from benchmarks.applications.common import BLOCKS, BY_HAND, NONE, OURS, make_engine
+from benchmarks.applications.every import make_application
 from benchmarks.timing import fetch, serve
 
-PATHS = {"no Session used": "/", "SELECT": "/select", "INSERT, COMMIT": "/insert"}
-BARE_PATHS = {"no Session used, iterable of one block": "/sized"}
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
 REQUESTS = 20
 WARM_UP = 10  # caches fill, the interpreter specialises
+
+
+class Row(NamedTuple):
+    """A kind of request, and what it is compared with."""
+
+    name: str
+    framework: str
+    path: str
+    base: str
+    bar: float  # thousand instructions more than the base, at most
+
+
+class Count(NamedTuple):
+    """Instructions of a request, in thousands."""
+
+    base: float
+    ours: float
+
+    @property
+    def more(self) -> float:
+        return self.ours - self.base
+
+
+ROWS = (
+    Row("no Session used, list", "bare WSGI", "/", NONE, 15),
+    Row("no Session used, iterable of one block", "bare WSGI", "/sized", NONE, 36),
+    Row("no Session used, Flask", "Flask", "/", NONE, 34),
+    Row("SELECT, list", "bare WSGI", "/select", BY_HAND, 0),
+    Row("INSERT, list", "bare WSGI", "/insert", BY_HAND, 0),
+    Row("SELECT, Flask", "Flask", "/select", BY_HAND, 15),
+    Row("INSERT, Flask", "Flask", "/insert", BY_HAND, 15),
+)
+FURTHER_BLOCK = Row("a further block of a stream", "bare WSGI", "/stream", NONE, 5)
+_ONE_BLOCK = Row("", "bare WSGI", "/stream-of-one", NONE, 0)
+FRAMEWORKS = ("bare WSGI", "Flask")
 
 
 class ValgrindError(Exception):
     """Valgrind does not run here."""
 
 
-def measure(*, quick: bool) -> dict[str, Any]:
-    """Return the instructions of a request by framework, work and peer, or why there are none."""
+def measure(directories: Mapping[str, Path], *, quick: bool) -> dict[str, dict[str, Count]]:
+    """Return the counts by edition and name of the row.
+
+    :param directories: where the package is, by edition.
+    :raises ValgrindError: valgrind does not run here.
+    """
     valgrind = shutil.which("valgrind")
     if valgrind is None:
-        return _skip("valgrind is not installed")
-    frameworks = list(APPLICATIONS)[:1] if quick else list(APPLICATIONS)
+        raise ValgrindError("valgrind is not installed")
+    frameworks = FRAMEWORKS[:1] if quick else FRAMEWORKS
+    runs = [(edition, framework) for edition in directories for framework in frameworks]
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as executor:
-        try:
-            counts = dict(
-                zip(
-                    frameworks,
-                    executor.map(lambda name: _run(valgrind, name, quick), frameworks),
-                    strict=True,
-                )
-            )
-        except ValgrindError as error:
-            return _skip(str(error))
-    return {"counts": counts}
+        found = executor.map(
+            lambda run: _run(valgrind, directories[run[0]], run[1], quick=quick), runs
+        )
+        counts: dict[str, dict[str, Count]] = {}
+        for (edition, _), rows in zip(runs, found, strict=True):
+            counts.setdefault(edition, {}).update(rows)
+    return counts
 
 
-def _run(valgrind: str, framework: str, quick: bool) -> dict[str, dict[str, float]]:
+def _run(valgrind: str, package: Path, framework: str, *, quick: bool) -> dict[str, Count]:
     with tempfile.TemporaryDirectory() as directory:
         done = subprocess.run(
             [
@@ -65,24 +102,30 @@ def _run(valgrind: str, framework: str, quick: bool) -> dict[str, dict[str, floa
             ],
             capture_output=True,
             check=False,
-            env={**os.environ, "PYTHONHASHSEED": "0"},
+            cwd=package,
+            env=editions.environment() | {"PYTHONHASHSEED": "0"},
             text=True,
         )
         if done.returncode:
             # An old valgrind does not know a new processor's instructions.
             raise ValgrindError(f"valgrind failed: {done.stderr.strip()[-500:]}")
-        found: dict[str, dict[str, float]] = {}
+        totals = {}
         for line in done.stdout.splitlines():
-            work, peer, less, more = line.split("\t")
-            found.setdefault(work, {})[peer] = (
-                _total(directory, more) - _total(directory, less)
-            ) / REQUESTS
-        return found
+            path, peer, less, more = line.split("\t")
+            difference = _total(directory, more) - _total(directory, less)
+            totals[path, peer] = difference / REQUESTS / 1000
+    rows = [row for row in ROWS if row.framework == framework and (row.path, row.base) in totals]
+    found = {row.name: _count(totals, row) for row in rows}
+    if (FURTHER_BLOCK.path, NONE) in totals:
+        one, all_ = _count(totals, _ONE_BLOCK), _count(totals, FURTHER_BLOCK)
+        found[FURTHER_BLOCK.name] = Count(
+            *((more - less) / (BLOCKS - 1) for more, less in zip(all_, one, strict=True))
+        )
+    return found
 
 
-def _skip(reason: str) -> dict[str, Any]:
-    report.warn(f"no instructions are counted: {reason}")
-    return {"skipped": reason}
+def _count(totals: Mapping[tuple[str, str], float], row: Row) -> Count:
+    return Count(totals[row.path, row.base], totals[row.path, OURS])
 
 
 def _total(directory: str, pid: str) -> int:
@@ -93,53 +136,13 @@ def _total(directory: str, pid: str) -> int:
     return int(found[1])
 
 
-def render(results: dict[str, Any]) -> str:
-    head = "### Instructions\n"
-    if "skipped" in results:
-        return f"{head}\n**Not counted: {results['skipped']}.**\n"
-    counts: dict[str, dict[str, dict[str, float]]] = results["counts"]
-    parts = [
-        head,
-        report.prose("""
-            The same, counted by `valgrind --tool=callgrind` with SQLite in memory, in thousands
-            of instructions (the garbage collector is off meanwhile). Instructions are not time,
-            but they do not depend on what else the machine does.
-        """),
-    ]
-    rows = []
-    for framework, works in counts.items():
-        for work, peers in works.items():
-            base = NONE if NONE in peers else BY_HAND
-            rows.append([f"**{framework}, {work}**: {base}", f"{peers[base] / 1000:.1f}", "", ""])
-            for peer, count in peers.items():
-                if peer != base:
-                    name = f"**{peer}**" if peer == OURS else peer
-                    more = count - peers[base]
-                    rows.append(
-                        [
-                            name,
-                            f"{count / 1000:.1f}",
-                            f"{more / 1000:+.1f}",
-                            report.percent(count / peers[base]),
-                        ]
-                    )
-    parts.append(report.table(["", "thousand", "more", "ratio"], rows))
-    return "\n".join(parts)
-
-
-def count(framework: str, *, quick: bool) -> None:
+def count(rows: Iterable[Row]) -> None:
     """Print which two processes' counts have to be subtracted from each other."""
     configure_mappers()
-    paths = PATHS | (BARE_PATHS if framework == "bare WSGI" else {})
-    peers = list(APPLICATIONS[framework])
-    if quick:
-        paths, peers = {"no Session used": "/"}, [NONE, OURS]
-    for work, path in paths.items():
-        for peer in peers:
-            # Each is the other where no Session is used.
-            if peer != (BY_HAND if work.startswith("no Session") else NONE):
-                pids = [_in_child(framework, peer, path, requests) for requests in (0, REQUESTS)]
-                print(work, peer, *pids, sep="\t", flush=True)
+    for row in rows:
+        for peer in (row.base, OURS):
+            pids = [_in_child(row.framework, peer, row.path, many) for many in (0, REQUESTS)]
+            print(row.path, peer, *pids, sep="\t", flush=True)
 
 
 def _in_child(framework: str, peer: str, path: str, requests: int) -> int:
@@ -163,5 +166,10 @@ def _in_child(framework: str, peer: str, path: str, requests: int) -> int:
     return pid
 
 
+def main(framework: str, *, quick: bool) -> None:
+    rows = [row for row in (*ROWS, FURTHER_BLOCK, _ONE_BLOCK) if row.framework == framework]
+    count(rows[:1] if quick else rows)
+
+
 if __name__ == "__main__":
-    count(sys.argv[1], quick="--quick" in sys.argv)
+    main(sys.argv[1], quick="--quick" in sys.argv)

@@ -7,7 +7,7 @@ import functools
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import chart, instructions, report
+from benchmarks import chart, report
 from benchmarks.applications.common import BY_HAND, NONE, OURS, make_engine
 from benchmarks.applications.every import APPLICATIONS, make_application
 from benchmarks.timing import check, difference, interleave, ratio, serve
@@ -71,11 +71,7 @@ def measure(urls: dict[str, str], *, quick: bool) -> dict[str, Any]:
                 }
                 found[f"{name}, {database}"] = interleave(calls, rounds=rounds, seconds=seconds)
     bare = frameworks.pop("bare WSGI")
-    return {
-        "bare": bare,
-        "frameworks": frameworks,
-        "instructions": instructions.measure(quick=quick),
-    }
+    return {"bare": bare, "frameworks": frameworks}
 
 
 def _make(framework: str, url: str) -> dict[str, WSGIApplication]:
@@ -157,7 +153,6 @@ def render(results: dict[str, Any], directory: Path) -> str:
         heads = [framework, f"{BY_HAND}, µs", *[_ours(peer) for peer in peers if peer != BY_HAND]]
         parts.append(report.table(heads, rows))
     parts.append(_plot(results, directory))
-    parts.append(instructions.render(results["instructions"]))
     return "\n".join(parts)
 
 
@@ -178,64 +173,6 @@ def _plot(results: dict[str, Any], directory: Path) -> str:
         limit=40,
     )
     return "![Overhead of a request that uses no Session](overhead.svg)\n"
-
-
-def render_promises(results: dict[str, Any]) -> str:
-    """Say what was promised, what was measured, and whether that keeps the promise."""
-    bare: dict[str, Times] = results["bare"]
-    empty = statistics.median(bare["list"][NONE])
-    rows = []
-
-    def add(promise: str, measured: str, *, kept: bool) -> None:
-        rows.append([promise, measured, "yes" if kept else "**no**"])
-
-    for body, limit in (("list", 4), ("iterable of one block", 10)):
-        more = difference(bare[body][OURS], bare[body][NONE])
-        add(
-            f"no Session used, {body}: at most {limit} empty calls more than no middleware",
-            f"{more / empty:.1f} ({more:.2f} µs)",
-            kept=more / empty <= limit,
-        )
-    if RETRY in bare["list"]:
-        more = difference(bare["list"][RETRY], bare["list"][OURS])
-        add(
-            "no Session used, list: RetryMiddleware costs at most 2 µs more",
-            f"{more:.2f} µs",
-            kept=more <= 2,
-        )
-    for body in ("list", "iterable of one block"):
-        ours = difference(bare[body][OURS], bare[body][NONE])
-        others = {
-            peer: difference(times, bare[body][NONE])
-            for peer, times in bare[body].items()
-            if peer not in (NONE, OURS, RETRY)
-        }
-        peer = min(others, key=others.__getitem__)
-        add(
-            f"no Session used, {body}: less than half of the quickest peer",
-            f"{ours:.2f} µs, {peer} {others[peer]:.2f} µs",
-            kept=ours < others[peer] / 2,
-        )
-    for framework, found in {"bare WSGI": bare, **results["frameworks"]}.items():
-        works = {work: times for work, times in found.items() if BY_HAND in times}
-        more_than = {work: ratio(times[OURS], times[BY_HAND]) for work, times in works.items()}
-        least, most = min(more_than.values()), max(more_than.values())
-        add(
-            f"with a database, {framework}: at most 2 % over `{BY_HAND}`",
-            f"{report.percent(least)} to {report.percent(most)}",
-            kept=most <= 1.02,
-        )
-        for peer in next(iter(works.values())):
-            if peer in (BY_HAND, OURS):
-                continue
-            ratios = [ratio(times[OURS], times[peer]) for times in works.values()]
-            add(
-                f"with a database, {framework}: not slower than {peer}",
-                f"{report.percent(min(ratios))} to {report.percent(max(ratios))}",
-                kept=max(ratios) <= 1,
-            )
-    heads = ["promise", "measured", "kept"]
-    return f"## What was promised\n\n{report.table(heads, rows)}"
 
 
 def _time(times: list[float]) -> str:

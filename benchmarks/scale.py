@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent.event import Event
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
-from benchmarks import report, timing
+from benchmarks import children, report, timing
 from benchmarks.applications import common
 from benchmarks.applications.common import BY_HAND, OURS
 from wsgi_dbsession import Scope, SessionMiddleware
@@ -33,22 +32,14 @@ WAITING = ("no middleware", "wsgi_dbsession, no Session used", "wsgi_dbsession, 
 
 def measure(urls: dict[str, str], *, quick: bool) -> dict[str, Any]:
     """Return the memory of waiting requests, and samples of the memory of a long run."""
-    waiting = {name: _in_child("wait", name, 200 if quick else 10_000) for name in WAITING}
+    waiting = {name: _run("wait", name, 200 if quick else 10_000) for name in WAITING}
     count = 20_000 if quick else 1_000_000
-    run = {name: _in_child("run", name, count) for name in (BY_HAND, OURS)}
+    run = {name: _run("run", name, count) for name in (BY_HAND, OURS)}
     return {"waiting": waiting, "run": run}
 
 
-def _in_child(what: str, name: str, count: int) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scale", what, name, str(count)],
-        capture_output=True,
-        check=False,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{what} {name} failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout)
+def _run(*arguments: object) -> Any:
+    return children.run("benchmarks.scale", *arguments)
 
 
 def render(results: dict[str, Any], directory: Path) -> str:
@@ -131,6 +122,10 @@ def resident() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def _alive(kind: type) -> int:
+    return sum(isinstance(each, kind) for each in gc.get_objects())
+
+
 def wait(name: str, count: int) -> dict[str, int]:
     """Hold as many responses open in greenlets of one thread, and look at the memory."""
     with tempfile.TemporaryDirectory() as directory:
@@ -174,11 +169,11 @@ def wait(name: str, count: int) -> dict[str, int]:
             "count": count,
             "bytes": resident() - before,
             "connections": engine.pool.checkedout(),  # type: ignore[attr-defined]
-            "sessions": len(registry.registry.registry),
+            "sessions": _alive(Session),
         }
         end.set()
         gevent.joinall(greenlets, raise_error=True)
-        found["left"] = len(registry.registry.registry)
+        found["left"] = _alive(Session)
         return found
 
 
@@ -213,8 +208,8 @@ def run(name: str, count: int) -> dict[str, Any]:
     return {
         "count": count,
         "samples": samples,
-        "sessions": len(registry.registry.registry),
-        "scopes": sum(isinstance(each, Scope) for each in gc.get_objects()),
+        "sessions": _alive(Session),
+        "scopes": _alive(Scope),
     }
 
 

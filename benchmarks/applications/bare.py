@@ -60,7 +60,16 @@ def bare_application(run: Run | None) -> WSGIApplication:
         start_response("200 OK", PLAIN)
         return blocks("hello")
 
-    routes: dict[str, WSGIApplication] = {"/": as_list, "/sized": sized, "/stream": stream}
+    def stream_of_one(_: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        start_response("200 OK", PLAIN)
+        return blocks("hello", 1)
+
+    routes: dict[str, WSGIApplication] = {
+        "/": as_list,
+        "/sized": sized,
+        "/stream": stream,
+        "/stream-of-one": stream_of_one,
+    }
 
     def add(path: str, operation: Operation) -> None:
         assert run is not None

@@ -49,7 +49,7 @@ class Step:
             _reset(token)
 
     def enter_block(self) -> None:
-        """Start a ``session_scope`` block, see :meth:`enter`."""
+        """Start a ``session_scope`` block."""
         innermost = _get()
         if innermost is not None and not innermost.in_step:
             _set(active_step())  # or the blocks that the collector closed would pile up

@@ -180,7 +180,9 @@ class Unit(Step):
                 context.run(self._settle, error, complete, veto, final)
             except BaseException as settling:
                 failure = failure or settling
-                if self.outcome != "commit":
+                if self.outcome == "rollback":
+                    error = error or failure  # what its hooks began is rolled back too
+                elif self.outcome != "commit":
                     break
                 # A listener, or a hook that was interrupted: what the others began counts.
             if not self.undecided():

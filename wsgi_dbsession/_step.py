@@ -77,7 +77,7 @@ class Step:
         if token is None or token.old_value is Token.MISSING:
             return None
         outer: Step | None = token.old_value
-        return outer
+        return None if outer is self else outer  # it is, if leave() was interrupted
 
     def own(self, context: Context) -> Context:
         """Make this scope the current one of a copied context."""

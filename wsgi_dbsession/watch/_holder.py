@@ -1,0 +1,369 @@
+"""Who holds a connection, and for how long: the running account, and what is shown of it.
+
+``Hold`` and ``Work`` are written by the thread or greenlet that uses the connection, and read by
+another while they change: a glimpse may be off by one statement, and no lock is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from time import monotonic, time
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from wsgi_dbsession._report import describe
+
+from ._line import show_line
+
+if TYPE_CHECKING:
+    from wsgi_dbsession._scope import Scope
+
+    from ._here import Here
+    from ._line import Line
+
+State = Literal["running", "idle", "overdue", "left over"]
+
+NO_SCOPE = "outside of a scope"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a connection right now."""
+
+    name: str
+    """``"POST /notes"``, the name of a ``session_scope`` block, or "outside of a scope"."""
+
+    state: State
+    """"running": in a statement. "idle": between statements. "overdue": idle for longer than
+    ``warn_after``. "left over": its scope has ended, but the connection was not returned."""
+
+    since: datetime
+    """When it got the connection."""
+
+    held_s: float
+    """For how many seconds it has had it."""
+
+    idle_s: float
+    """For how many seconds it has run no statement."""
+
+    idle_share: float
+    """The share of the time in which it ran no statement, from 0 to 1."""
+
+    statements: int
+    """How many statements it has run on this connection."""
+
+    wrote: bool | None
+    """Whether one of them was an INSERT, UPDATE, DELETE or the like; None if that is unknown."""
+
+    backend_pid: int | None
+    """The number of the database's process or thread, where the driver tells it."""
+
+    thread: str
+    """The thread or greenlet that asked for it."""
+
+    line: str
+    """The line of the application that first asked for it."""
+
+    now: str | None
+    """Where that thread or greenlet is now, where Python tells it: "at ...", or "between two blocks
+    of the response"."""
+
+    pool: str
+    """The pool that the connection belongs to."""
+
+
+@dataclass(frozen=True)
+class Waiter:
+    """Who waits for a connection right now."""
+
+    name: str
+    since: datetime
+    waited_s: float
+    thread: str
+    line: str
+    pool: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A scope that has ended, and what it did with its connections."""
+
+    name: str
+    ended: datetime
+    held_s: float
+    """For how many seconds it held a connection, those of several added up."""
+
+    in_statements_s: float
+    """For how many of these it ran statements."""
+
+    waited_s: float
+    """For how many seconds it waited for the pool, or for the database to accept it."""
+
+    connections: int
+    """How often it got a connection."""
+
+    statements: int
+    wrote: bool | None
+    outcome: str | None
+    reason: str | None
+    attempt: int
+    """Which attempt at the request it was, from 1; see :mod:`wsgi_dbsession.retry`."""
+
+    line: str
+    """The line of the application that first asked for a connection."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What scopes that first asked at one line have done, all together."""
+
+    line: str
+    name: str
+    """The scope that held a connection for the longest time."""
+
+    scopes: int
+    longest_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class PoolUse:
+    """A pool, and how much of it is in use."""
+
+    name: str
+    """Dialect, host and database."""
+
+    kind: str
+    """The class of the pool."""
+
+    size: int | None
+    """How many connections it keeps; None if it does not count."""
+
+    limit: int | None
+    """How many connections it opens at most; None if there is no limit."""
+
+    checked_out: int
+    idle: int
+    waiting: int
+    timeouts: int
+    """How often somebody waited for it in vain."""
+
+
+class AnyPool(Protocol):
+    """Of a pool, an account needs to know the name."""
+
+    name: str
+
+
+class Work:
+    """The account of a scope, from its first connection to its end."""
+
+    __slots__ = (
+        "attempt",
+        "busy",
+        "connections",
+        "ended",
+        "held",
+        "line",
+        "outcome",
+        "reason",
+        "request",
+        "scope",
+        "statements",
+        "waited",
+        "wrote",
+    )
+
+    request: tuple[Any, ...]
+    """Its method and path once it has ended, or the name of the block."""
+
+    ended: float
+    """When it ended, in seconds since 1970; 0 before."""
+
+    def __init__(self, scope: Scope, line: Line | None) -> None:
+        # A scope that is dropped must take its Sessions along, and with them the connection.
+        self.scope = weakref.ref(scope)
+        self.line = line
+        self.held = self.busy = self.waited = self.ended = 0.0
+        self.connections = self.statements = 0
+        self.wrote: bool | None = False
+
+    def end(self, scope: Scope) -> None:
+        """Take down what can be known until the scope ends."""
+        self.outcome = scope.outcome
+        self.reason = scope.reason
+        environ = scope.environ
+        if environ is None:
+            self.request = (scope.name,)
+            found = scope.info
+        else:
+            # Not the environ itself: it refers to the scope and to the framework's objects.
+            get = environ.get
+            self.request = (get("REQUEST_METHOD"), get("SCRIPT_NAME"), get("PATH_INFO"))
+            found = environ
+        self.attempt = found.get("wsgi_dbsession.attempt", 1)
+        self.ended = time()
+
+    def name(self) -> str:
+        """Return what the scope is called."""
+        if not self.ended:
+            scope = self.scope()
+            environ = None if scope is None else scope.environ
+            if environ is not None:
+                return describe(environ)
+            return NO_SCOPE if scope is None else scope.name
+        if len(self.request) == 1:
+            return str(self.request[0])
+        method, script, path = self.request
+        return describe(
+            {"REQUEST_METHOD": method, "SCRIPT_NAME": script or "", "PATH_INFO": path or ""}
+        )
+
+    def show(self) -> Ended:
+        """Return what can be shown of it, once it has ended."""
+        return Ended(
+            name=self.name(),
+            ended=datetime.fromtimestamp(self.ended, timezone.utc),
+            held_s=self.held,
+            in_statements_s=self.busy,
+            waited_s=self.waited,
+            connections=self.connections,
+            statements=self.statements,
+            wrote=self.wrote,
+            outcome=self.outcome,
+            reason=self.reason,
+            attempt=self.attempt,
+            line=show_line(self.line),
+        )
+
+
+class Spot:
+    """The account of all scopes that first asked at one line."""
+
+    __slots__ = ("longest", "scopes", "total")
+
+    def __init__(self, work: Work) -> None:
+        self.longest = work
+        self.scopes = 1
+        self.total = work.held
+
+    def add(self, work: Work) -> None:
+        """Count one more."""
+        self.scopes += 1
+        self.total += work.held
+        if work.held > self.longest.held:
+            self.longest = work
+
+    def show(self) -> Place:
+        """Return what can be shown of it."""
+        return Place(
+            line=show_line(self.longest.line),
+            name=self.longest.name(),
+            scopes=self.scopes,
+            longest_s=self.longest.held,
+            total_s=self.total,
+        )
+
+
+class Hold:
+    """The account of one connection, from the moment it is asked for until it is returned."""
+
+    __slots__ = (
+        "asked",
+        "began",
+        "busy",
+        "here",
+        "last",
+        "line",
+        "pool",
+        "since",
+        "statements",
+        "work",
+        "wrote",
+    )
+
+    since: float
+    """When the connection was there."""
+
+    began: float
+    """When the statement began that runs, 0 if none does."""
+
+    last: float
+    """When the last statement ended, or the connection was there."""
+
+    def __init__(self, pool: AnyPool, work: Work | None, line: Line | None, here: Here) -> None:
+        self.pool = pool
+        self.work = work
+        self.line = line
+        self.here = here
+        self.began = self.busy = 0.0
+        self.statements = 0
+        self.wrote: bool | None = False
+        self.asked = monotonic()
+
+    def start(self) -> None:
+        """Count from here on: the connection is there."""
+        self.since = self.last = now = monotonic()
+        work = self.work
+        if work is not None:
+            work.waited += now - self.asked
+            work.connections += 1
+
+    def end(self) -> None:
+        """Add it to the account of its scope: the connection is returned."""
+        work = self.work
+        if work is not None:
+            work.held += monotonic() - self.since
+            work.busy += self.busy
+            work.statements += self.statements
+            if self.wrote is not False:
+                work.wrote = either(work.wrote, self.wrote)
+
+    def name(self) -> str:
+        """Return who this is."""
+        return NO_SCOPE if self.work is None else self.work.name()
+
+    def idle(self, now: float) -> float:
+        """Return for how many seconds no statement has run."""
+        return 0.0 if self.began else now - self.last
+
+    def is_left_over(self) -> bool:
+        """Return whether its scope has ended."""
+        return self.work is not None and self.work.ended > 0
+
+    def is_between_steps(self) -> bool:
+        """Return whether its response waits for the server to ask for the next block."""
+        scope = None if self.work is None else self.work.scope()
+        return scope is not None and not scope.in_step
+
+    def idle_share(self, now: float) -> float:
+        """Return the share of the time in which no statement ran."""
+        held = now - self.since
+        began = self.began
+        busy = self.busy + (now - began if began else 0.0)
+        return min(1.0, max(0.0, 1 - busy / held)) if held > 0 else 0.0
+
+
+def either(one: bool | None, other: bool | None) -> bool | None:
+    """Return whether one of two is true; None if that is unknown."""
+    if one or other:
+        return True
+    return None if None in (one, other) else False
+
+
+def backend_pid(connection: Any) -> int | None:
+    """Return the number of the database's process or thread that serves a driver's connection.
+
+    Only what the driver knows by itself: nothing is sent.
+    """
+    with contextlib.suppress(Exception):
+        info = getattr(connection, "info", None)
+        found = getattr(info, "backend_pid", None)  # psycopg, psycopg2
+        if found is None:
+            found = getattr(connection, "connection_id", None)  # mysql-connector
+        if found is None:
+            found = connection.thread_id()  # PyMySQL, mysqlclient
+        return found if isinstance(found, int) else None
+    return None

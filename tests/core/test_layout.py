@@ -63,6 +63,7 @@ FLOORS = {
     "watch._here": 8,
     "watch._line": 8,
     "watch._page": 8,
+    "watch._records": 8,
     "watch._statement": 8,
     "watch._board": 9,
     "watch._holder": 9,

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
     from ._guard import Guard
     from ._here import Here
-    from ._holder import AnyPool, Ended, Place
+    from ._holder import AnyPool
     from ._line import Line
+    from ._records import Ended, Place
 
 _LAST = 100  # how many ended scopes are kept
 _MOST_SPOTS = 500

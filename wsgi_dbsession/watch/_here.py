@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +45,8 @@ def thread_frames() -> dict[int, FrameType]:
     # Without a lock around the interpreter, frames change while another thread reads them.
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return {}
-    return sys._current_frames()
+    found: dict[int, FrameType] = cast("Any", sys)._current_frames()
+    return found
 
 
 def frame_of(here: Here, frames: dict[int, FrameType]) -> FrameType | None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import sqlalchemy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
     from typing import TypeAlias
 
@@ -21,6 +22,9 @@ Line: TypeAlias = tuple[str, int, str]
 
 # What a file belongs to.
 APPLICATION, LIBRARY, SQLALCHEMY, PYTHON, OURS = range(5)
+
+# A look at an attribute of sys would be paid for by each request, too.
+_get_frame: Callable[[int], FrameType] = cast("Any", sys)._getframe
 
 _SQLALCHEMY = str(Path(sqlalchemy.__file__).parent)
 _OURS = str(Path(__file__).parents[1])
@@ -45,15 +49,15 @@ class LineFinder:
         depth = self._depth
         kinds = self._kinds
         try:
-            frame = sys._getframe(depth)
+            frame = _get_frame(depth)
             if (
                 kinds[frame.f_code.co_filename] == APPLICATION
-                and kinds[sys._getframe(depth - 1).f_code.co_filename] == SQLALCHEMY
+                and kinds[_get_frame(depth - 1).f_code.co_filename] == SQLALCHEMY
             ):
                 return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
         except (KeyError, ValueError):  # not seen before; not so deep
             pass
-        line, steps = self.search(sys._getframe(1))
+        line, steps = self.search(_get_frame(1))
         self._depth = steps + 1
         return line
 

@@ -7,7 +7,7 @@ import hashlib
 import re
 from importlib.resources import files
 
-PAGE = files(__package__).joinpath("page.html").read_bytes()
+PAGE = files(__name__.rpartition(".")[0]).joinpath("page.html").read_bytes()
 """It is the same for everybody: what it shows, it asks for."""
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import weakref
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import event, exc
 from sqlalchemy.pool import QueuePool
 
-from ._holder import PoolUse, backend_pid, either
+from ._holder import backend_pid, either
+from ._records import PoolUse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +74,7 @@ class WatchedPool:
         def undo() -> None:
             found = ref()
             # If another one was put around this one, it stays, and finds no account.
-            if found is not None and vars(found).get(name) is replaced:
+            if found is not None and found.__dict__.get(name) is replaced:
                 delattr(found, name)
 
         self._undo.append(undo)
@@ -197,5 +198,5 @@ def _forget(ref: weakref.ref[Pool], name: str, listener: Callable[..., None]) ->
 
 def _limit(pool: QueuePool) -> int | None:
     # No public name tells it: overflow() is that of the moment, and status() has no more.
-    overflow: int = pool._max_overflow
+    overflow: int = cast("Any", pool)._max_overflow
     return None if overflow < 0 else pool.size() + overflow

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from wsgi_dbsession._response import Response
 
 from ._here import frame_of, name_of, thread_frames, thread_names
-from ._holder import Holder, Waiter
 from ._line import SQLALCHEMY, LineFinder, kind_of, show_line
+from ._records import Holder, Waiter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
-    from ._holder import Hold, State
-
+    from ._holder import Hold
+    from ._records import State
 
 _ENDS = frozenset({"do_commit", "do_rollback", "do_prepare_twophase", "do_commit_twophase"})
 _finder = LineFinder()

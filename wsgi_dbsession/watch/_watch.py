@@ -11,14 +11,14 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import event
-from sqlalchemy.orm import scoped_session, sessionmaker
 
+from wsgi_dbsession._registry import adopt, observe
 from wsgi_dbsession._scope import Observer
 
 from ._account import Account
 from ._board import Board, allow_loopback
 from ._guard import Guard
-from ._holder import Ended, backend_pid
+from ._holder import backend_pid
 from ._pool import WatchedPool
 from ._show import show_holders, show_waiting
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
     from sqlalchemy import Connection, Engine
-    from sqlalchemy.orm import Session, SessionTransaction
+    from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
     from wsgi_dbsession._scope import Scope
 
-    from ._holder import Holder, Place, PoolUse, Waiter
+    from ._records import Ended, Holder, Place, PoolUse, Waiter
 
 F = TypeVar("F", bound="Callable[[Ended], object]")
 
@@ -49,6 +49,8 @@ class Watch(Observer):
 
     From its construction on, it accounts for each connection of the engines to which the
     registries are bound, and of other engines that their Sessions use, once they have used them.
+    It looks on at each scope whose middleware or block has one of the registries, as
+    :func:`observe` does; `observers` are for a middleware that has none of them.
     When a pool times out, the :exc:`sqlalchemy.exc.TimeoutError` has a note that names the
     holders, and so has a line of the log.
 
@@ -57,24 +59,26 @@ class Watch(Observer):
 
     :param registries: the ``scoped_session`` objects whose connections to watch.
     :param warn_after: log a warning, once per line of the application, when a connection has been
-        held for so many seconds without a statement. None never does.
-    :raises TypeError: a registry is not a ``scoped_session`` of a ``sessionmaker``, or
-        ``warn_after`` is not a number.
-    :raises ValueError: there is no registry, or ``warn_after`` is not positive.
+        held for so many seconds without a statement, or by a stream. None never does.
+    :raises TypeError: see :class:`session_scope`, or ``warn_after`` is not a number.
+    :raises ValueError: see :class:`session_scope`, or ``warn_after`` is not positive.
     """
 
     def __init__(self, *registries: scoped_session[Any], warn_after: float | None = None) -> None:
-        _check(registries, warn_after)
+        _check(warn_after)
+        adopted = adopt(registries)
         self.warn_after = warn_after
         self._account = Account(f"wsgi_dbsession.watch {id(self):#x}")
         self._pools: list[WatchedPool] = []
         self._lock = threading.Lock()
         if warn_after is not None:
             self._account.guard = Guard(warn_after, self._account.held)
+        self._observing = [observe(registry, self) for registry in dict.fromkeys(registries)]
         self._classes: list[type[Session]] = []
-        for registry in registries:
-            factory: Any = registry.session_factory
-            for bind in (factory.kw.get("bind"), *(factory.kw.get("binds") or {}).values()):
+        for registry in adopted:
+            factory: Any = registry.createfunc
+            binds: list[Any] = [factory.kw.get("bind"), *(factory.kw.get("binds") or {}).values()]
+            for bind in binds:
                 if bind is not None:
                     self._watch_engine(bind.engine)
             # Other engines: those of get_bind(), or of a later configure().
@@ -84,6 +88,8 @@ class Watch(Observer):
 
     def close(self) -> None:
         """Stop watching: restore the pools and dialects."""
+        while self._observing:
+            self._observing.pop().__exit__()
         while self._classes:
             event.remove(self._classes.pop(), "after_begin", self._begun)
         with self._lock:
@@ -196,25 +202,13 @@ class Watch(Observer):
             "places": self.places(),
         }
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
+        """Begin anew, in a child process."""
         self._lock = threading.Lock()
         self._account.renew()
 
 
-def _check(registries: tuple[scoped_session[Any], ...], warn_after: object) -> None:
-    fix = "Session = scoped_session(sessionmaker(engine), scopefunc=current_scope)"
-    if not registries:
-        msg = f"registries must not be empty, got (). Pass your own, such as `{fix}`"
-        raise ValueError(msg)
-    for registry in registries:
-        kind: type = type(registry)
-        if not (
-            issubclass(kind, scoped_session) and isinstance(registry.session_factory, sessionmaker)
-        ):
-            msg = (
-                f"registries must be scoped_session objects, got {registry!r}. Make it by `{fix}`"
-            )
-            raise TypeError(msg)
+def _check(warn_after: object) -> None:
     if warn_after is None:
         return
     if not isinstance(warn_after, (int, float)) or isinstance(warn_after, bool):
@@ -227,7 +221,7 @@ def _check(registries: tuple[scoped_session[Any], ...], warn_after: object) -> N
 
 def _renew_all() -> None:
     for watch in list(_watches):
-        watch._renew()
+        watch.renew()
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has no fork

@@ -116,7 +116,7 @@ class Account:
 
     def timed_out(self, hold: Hold, error: exc.TimeoutError) -> None:
         """Name the holders in the error, and in the log."""
-        now = monotonic()
+        now, waited = monotonic(), hold.give_up()
         holders = [each for each in self.held() if each.pool is hold.pool]
         frames = thread_frames()
         named = [describe(each, now, frames) for each in holders[:_MOST_NAMED]]
@@ -125,11 +125,11 @@ class Account:
         if not named:
             named = ["unknown holders: they got it before the watch began"]
         add_note(error, "\n  ".join([f"The connections of {hold.pool.name} are held by", *named]))
-        name, line = hold.name(), show_line(hold.line)
+        name, line = hold.names().name, show_line(hold.line)
         log.error(
             "pool exhausted: %s waited %.1f s for %s at %s; held by %s",
             name,
-            now - hold.asked,
+            waited,
             hold.pool.name,
             line,
             "; ".join(named),

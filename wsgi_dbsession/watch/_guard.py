@@ -88,7 +88,7 @@ class Guard:
         if place in self._warned:
             return
         self._warned.add(place)
-        name, line, now = hold.name(), show_line(hold.line), where(hold, frames)
+        name, line, now = hold.names().name, show_line(hold.line), where(hold, frames)
         log.warning(
             "connection held %s for %.1f s: %s, first asked for at %s%s. Give it back: %s",
             how,

@@ -10,20 +10,31 @@ import contextlib
 import weakref
 from datetime import datetime, timezone
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from wsgi_dbsession._report import describe
+from wsgi_dbsession._report import describe, describe_path
 
 from ._line import show_line
 from ._records import Ended, Place
 
 if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
     from wsgi_dbsession._scope import Scope
 
     from ._here import Here
     from ._line import Line
 
-NO_SCOPE = "outside of a scope"
+
+class Names(NamedTuple):
+    """What a scope is called."""
+
+    method: str | None
+    path: str | None
+    name: str
+
+
+NO_SCOPE = Names(None, None, "outside of a scope")
 
 
 class AnyPool(Protocol):
@@ -37,6 +48,7 @@ class Work:
 
     __slots__ = (
         "attempt",
+        "block",
         "busy",
         "connections",
         "ended",
@@ -51,8 +63,11 @@ class Work:
         "wrote",
     )
 
-    request: tuple[Any, ...]
-    """Its method and path once it has ended, or the name of the block."""
+    request: tuple[Any, ...] | None
+    """Its method and path once it has ended; None before, and for a block."""
+
+    block: str
+    """The name of the block, once it has ended."""
 
     ended: float
     """When it ended, in seconds since 1970; 0 before."""
@@ -64,42 +79,41 @@ class Work:
         self.held = self.busy = self.waited = self.ended = 0.0
         self.connections = self.statements = 0
         self.wrote: bool | None = False
+        self.request = None
+        self.block = ""
 
     def end(self, scope: Scope) -> None:
         """Take down what can be known until the scope ends."""
         self.outcome = scope.outcome
         self.reason = scope.reason
         environ = scope.environ
-        if environ is None:
-            self.request = (scope.name,)
-            found = scope.info
-        else:
-            # Not the environ itself: it refers to the scope and to the framework's objects.
-            get = environ.get
-            self.request = (get("REQUEST_METHOD"), get("SCRIPT_NAME"), get("PATH_INFO"))
-            found = environ
+        # Not the environ itself: it refers to the scope and to the framework's objects.
+        self.request = _request(environ)
+        self.block = scope.name if environ is None else ""
+        found = scope.info if environ is None else environ
         self.attempt = found.get("wsgi_dbsession.attempt", 1)
         self.ended = time()
 
-    def name(self) -> str:
+    def names(self) -> Names:
         """Return what the scope is called."""
+        request, block = self.request, self.block
         if not self.ended:
             scope = self.scope()
-            environ = None if scope is None else scope.environ
-            if environ is not None:
-                return describe(environ)
-            return NO_SCOPE if scope is None else scope.name
-        if len(self.request) == 1:
-            return str(self.request[0])
-        method, script, path = self.request
-        return describe(
-            {"REQUEST_METHOD": method, "SCRIPT_NAME": script or "", "PATH_INFO": path or ""}
-        )
+            if scope is None:
+                return Names(None, None, "a scope that was dropped")
+            request = _request(scope.environ)
+            block = scope.name if request is None else ""
+        if request is None:
+            return Names(None, None, block)
+        method, script, path = request
+        environ = {"REQUEST_METHOD": method, "SCRIPT_NAME": script, "PATH_INFO": path}
+        name, path = describe(environ), describe_path(environ)
+        return Names(name[: -len(path) - 1], path, name)
 
     def show(self) -> Ended:
         """Return what can be shown of it, once it has ended."""
         return Ended(
-            name=self.name(),
+            **self.names()._asdict(),
             ended=datetime.fromtimestamp(self.ended, timezone.utc),
             held_s=self.held,
             in_statements_s=self.busy,
@@ -135,7 +149,7 @@ class Spot:
         """Return what can be shown of it."""
         return Place(
             line=show_line(self.longest.line),
-            name=self.longest.name(),
+            name=self.longest.names().name,
             scopes=self.scopes,
             longest_s=self.longest.held,
             total_s=self.total,
@@ -186,6 +200,13 @@ class Hold:
             work.waited += now - self.asked
             work.connections += 1
 
+    def give_up(self) -> float:
+        """Count the time of a wait that timed out, and return it."""
+        waited = monotonic() - self.asked
+        if self.work is not None:
+            self.work.waited += waited
+        return waited
+
     def end(self) -> None:
         """Add it to the account of its scope: the connection is returned."""
         work = self.work
@@ -196,17 +217,17 @@ class Hold:
             if self.wrote is not False:
                 work.wrote = either(work.wrote, self.wrote)
 
-    def name(self) -> str:
+    def names(self) -> Names:
         """Return who this is."""
-        return NO_SCOPE if self.work is None else self.work.name()
+        return NO_SCOPE if self.work is None else self.work.names()
 
     def idle(self, now: float) -> float:
         """Return for how many seconds no statement has run."""
         return 0.0 if self.began else now - self.last
 
     def is_left_over(self) -> bool:
-        """Return whether its scope has ended."""
-        return self.work is not None and self.work.ended > 0
+        """Return whether its scope has ended, or was dropped."""
+        return self.work is not None and (self.work.ended > 0 or self.work.scope() is None)
 
     def is_between_steps(self) -> bool:
         """Return whether its response waits for the server to ask for the next block."""
@@ -219,6 +240,13 @@ class Hold:
         began = self.began
         busy = self.busy + (now - began if began else 0.0)
         return min(1.0, max(0.0, 1 - busy / held)) if held > 0 else 0.0
+
+
+def _request(environ: WSGIEnvironment | None) -> tuple[Any, ...] | None:
+    if environ is None:
+        return None
+    get = environ.get
+    return get("REQUEST_METHOD", "?"), get("SCRIPT_NAME", ""), get("PATH_INFO", "")
 
 
 def either(one: bool | None, other: bool | None) -> bool | None:

@@ -16,7 +16,14 @@ class Holder:
     """Who holds a connection right now."""
 
     name: str
-    """``"POST /notes"``, the name of a ``session_scope`` block, or "outside of a scope"."""
+    """``"POST /notes"``, the name of a ``session_scope`` block, or "outside of a scope".
+    "a scope that was dropped" ended without ``close()``, as a forgotten response does."""
+
+    method: str | None
+    """The method of the request; None for a block, and outside of a scope."""
+
+    path: str | None
+    """The path of the request, without its query; None likewise."""
 
     state: State
     """"running": in a statement. "idle": between statements. "overdue": idle for longer than
@@ -62,6 +69,8 @@ class Waiter:
     """Who waits for a connection right now."""
 
     name: str
+    method: str | None
+    path: str | None
     since: datetime
     waited_s: float
     thread: str
@@ -74,6 +83,8 @@ class Ended:
     """A scope that has ended, and what it did with its connections."""
 
     name: str
+    method: str | None
+    path: str | None
     ended: datetime
     held_s: float
     """For how many seconds it held a connection, those of several added up."""
@@ -131,4 +142,4 @@ class PoolUse:
     idle: int
     waiting: int
     timeouts: int
-    """How often somebody waited for it in vain."""
+    """How often a wait for it timed out."""

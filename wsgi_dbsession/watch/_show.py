@@ -30,7 +30,7 @@ def show_holders(
     now, names, frames = monotonic(), thread_names(), thread_frames()
     return [
         Holder(
-            name=hold.name(),
+            **hold.names()._asdict(),
             state=state_of(hold, now, warn_after, frames),
             since=_ago(now - hold.since),
             held_s=now - hold.since,
@@ -53,7 +53,7 @@ def show_waiting(waiting: set[Hold]) -> list[Waiter]:
     now, names = monotonic(), thread_names()
     return [
         Waiter(
-            name=hold.name(),
+            **hold.names()._asdict(),
             since=_ago(now - hold.asked),
             waited_s=now - hold.asked,
             thread=name_of(hold.here, names),
@@ -77,9 +77,9 @@ def where(hold: Hold, frames: dict[int, FrameType]) -> str | None:
 
 def describe(hold: Hold, now: float, frames: dict[int, FrameType]) -> str:
     """Return a holder in words, for an error or a log line."""
-    line = where(hold, frames)
+    name, line = hold.names().name, where(hold, frames)
     return (
-        f"{hold.name()}, held for {now - hold.since:.1f} s, idle for {hold.idle(now):.1f} s, "
+        f"{name}, held for {now - hold.since:.1f} s, idle for {hold.idle(now):.1f} s, "
         f"asked at {show_line(hold.line)}{f', now {line}' if line else ''}"
     )
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
+import re
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,15 +15,14 @@ from sqlalchemy import func, select, text
 
 from tests.support.wsgi import Server, ask, make_environ
 from wsgi_dbsession import SessionMiddleware, session_scope
-from wsgi_dbsession.watch import _guard
+from wsgi_dbsession.watch import Watch, _guard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from sqlalchemy import Engine
     from sqlalchemy.orm import Session, scoped_session
-
-    from wsgi_dbsession.watch import Watch
 
 SELECT = text("SELECT 1")
 WARN_AFTER = 0.02
@@ -61,6 +63,11 @@ def warned() -> Iterator[Warnings]:
     logger.addHandler(handler)
     yield handler
     logger.removeHandler(handler)
+
+
+def guards() -> set[threading.Thread]:
+    """Return the threads that look at holders."""
+    return {thread for thread in threading.enumerate() if thread.name == NAME}
 
 
 def a_round(watch: Watch) -> None:
@@ -160,17 +167,16 @@ def test_a_stream_is_warned_of_inside_of_a_block(
 
 
 def test_a_leftover_is_warned_of(
-    registry: scoped_session[Session], warned: Warnings, watch: Watch
+    engine: Engine, registry: scoped_session[Session], warned: Warnings, watch: Watch
 ) -> None:
-    """Nobody will return it, so it is not shown as overdue for nothing: it stays in holders()."""
+    """What asked for it outside of the Session has to return it."""
     with session_scope(registry, name="careless"):
-        connection = registry.get_bind().connect()  # type: ignore[union-attr]
-    a_round(watch)
+        connection = engine.connect()
+    (message,) = warned.wait()
     (holder,) = watch.holders()
     connection.close()
 
     assert holder.state == "left over"
-    (message,) = warned.wait()
     assert message.startswith("connection held after the end of its scope for 0.")
     assert ": careless, first asked for at " in message
     assert message.endswith("Give it back: close() what asked for it")
@@ -192,11 +198,12 @@ def test_without_warn_after_nobody_looks(
     registry: scoped_session[Session], make_watch: Callable[..., Watch]
 ) -> None:
     """There is no thread, and nothing is overdue."""
+    before = guards()
     watch = make_watch(registry)
     with session_scope(registry):
         registry.execute(SELECT)
         assert [holder.state for holder in watch.holders()] == ["idle"]
-        assert NAME not in [thread.name for thread in threading.enumerate()]
+        assert guards() == before
 
 
 def test_the_thread_ends_when_nobody_holds(
@@ -204,17 +211,14 @@ def test_the_thread_ends_when_nobody_holds(
 ) -> None:
     """And another one starts with the next connection."""
     monkeypatch.setattr(_guard, "_IDLE_ROUNDS", 1)
-
-    def guards() -> list[threading.Thread]:
-        return [thread for thread in threading.enumerate() if thread.name == NAME]
-
+    before = guards()
     for _ in range(2):
         with session_scope(registry):
             registry.execute(SELECT)
             registry.execute(SELECT)
-            (guard,) = guards()
+            (guard,) = guards() - before
         guard.join(60)
-        assert guards() == []
+        assert not guards() - before
 
 
 def test_a_connection_that_comes_as_the_thread_ends_is_looked_at(
@@ -236,16 +240,39 @@ def test_a_connection_that_comes_as_the_thread_ends_is_looked_at(
     assert answers == []
 
 
-def test_two_threads_start_one_guard() -> None:
-    """The second one finds it started."""
-    guard = _guard.Guard(60, list)
-    with guard._lock:
-        threads = [threading.Thread(target=guard.wake) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        before = threading.active_count()
-        guard._pid = -1
-    for thread in threads:
-        thread.join()
+def test_the_second_of_two_threads_finds_a_guard() -> None:
+    """Both saw that there was none, and one of them was quicker."""
 
-    assert threading.active_count() <= before - 1
+    class Quicker:
+        def __enter__(self) -> None:
+            guard._pid = os.getpid()
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    guard = _guard.Guard(60, list)
+    guard._lock = Quicker()  # type: ignore[assignment]
+    before = threading.active_count()
+
+    guard.wake()
+
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("warn_after", "error", "message"),
+    [
+        pytest.param("2", TypeError, "None or a number of seconds, got '2'", id="a string"),
+        pytest.param(True, TypeError, "None or a number of seconds, got True", id="a flag"),
+        pytest.param(0, ValueError, "positive, got 0. Pass None to never warn", id="zero"),
+        pytest.param(-1.5, ValueError, "must be positive, got -1.5", id="negative"),
+        pytest.param(math.inf, ValueError, "must be positive, got inf", id="infinite"),
+        pytest.param(math.nan, ValueError, "must be positive, got nan", id="no number"),
+    ],
+)
+def test_warn_after_is_a_number_of_seconds(
+    warn_after: Any, error: type[Exception], message: str, registry: scoped_session[Session]
+) -> None:
+    """Anything else is refused when the watch is made, and nothing is watched."""
+    with pytest.raises(error, match=re.escape(message)):
+        Watch(registry, warn_after=warn_after)

@@ -76,7 +76,12 @@ class Guard:
                 how = "by a stream"
                 fix = 'commit_on="auto", and `with session_scope(Session):` for each block'
                 self._warn(hold, frames, how, now - hold.since, fix)
-            elif state_of(hold, now, self.warn_after, frames) == "overdue":
+                continue
+            state = state_of(hold, now, self.warn_after, frames)
+            if state == "left over":
+                how = "after the end of its scope"
+                self._warn(hold, frames, how, now - hold.since, "close() what asked for it")
+            elif state == "overdue":
                 how = "without a statement"
                 fix = "`with current_scope().released():` around the slow call"
                 self._warn(hold, frames, how, now - hold.last, fix)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class WatchedPool:
     """An engine's pool whose connections are accounted for.
 
-    ``Engine.dispose()`` makes a new one, with the same events: it takes the place of the old one.
+    ``Engine.dispose()`` makes a new one, with the same events, which takes the place of the old.
 
     :param engine: the engine.
     :param account: that of the process.
@@ -44,9 +44,10 @@ class WatchedPool:
         self._account = account
         self._undo: list[Callable[[], None]] = []
         pool = engine.pool
-        self.dispatch = pool.dispatch
+        # Weak, because an engine that the application has dropped has to go.
+        self.dialect = weakref.ref(engine.dialect)
         self._pool: Callable[[], Pool | None] = lambda: None
-        self._listen(pool)
+        self._listen(engine)
         self.take(pool)
         dialect = engine.dialect
         self._replace(dialect, "do_execute", self._timed_execute)
@@ -69,19 +70,21 @@ class WatchedPool:
         original = getattr(owner, name)
         replaced = wrap(original)
         setattr(owner, name, replaced)
-        ref = weakref.ref(owner)
+        # Weak, because it refers to its owner, and a pool that was disposed of has to go.
+        ref, mine = weakref.ref(owner), weakref.ref(replaced)
 
         def undo() -> None:
             found = ref()
             # If another one was put around this one, it stays, and finds no account.
-            if found is not None and found.__dict__.get(name) is replaced:
+            if found is not None and found.__dict__.get(name) is mine():
                 delattr(found, name)
 
         self._undo.append(undo)
 
     # -- connections ------------------------------------------------------------------------------
 
-    def _listen(self, pool: Pool) -> None:
+    def _listen(self, engine: Engine) -> None:
+        pool = engine.pool
         account = self._account
         holds, backends = account.holds, account.backends
 
@@ -98,16 +101,20 @@ class WatchedPool:
             if hold is not None:
                 hold.end()
 
-        for name, listener in (
-            ("connect", on_connect),
-            ("close", on_close),
-            ("close_detached", on_close),
-            ("checkin", on_return),
-            ("detach", on_return),  # it is the application's now, and the pool has room again
-            ("invalidate", on_return),  # "checkin" follows without the connection
+        def on_dispose(disposed: Engine) -> None:
+            self.take(disposed.pool)
+
+        for owner, name, listener in (
+            (engine, "engine_disposed", on_dispose),
+            (pool, "connect", on_connect),
+            (pool, "close", on_close),
+            (pool, "close_detached", on_close),
+            (pool, "checkin", on_return),
+            (pool, "detach", on_return),  # it is the application's now, and the pool has room
+            (pool, "invalidate", on_return),  # "checkin" follows without the connection
         ):
-            event.listen(pool, name, listener)
-            self._undo.append(partial(_forget, weakref.ref(pool), name, listener))
+            event.listen(owner, name, listener)
+            self._undo.append(partial(_forget, weakref.ref(owner), name, listener))
 
     def _accounted_connect(self, connect: Callable[[], PoolProxiedConnection]) -> Any:
         account = self._account
@@ -128,6 +135,10 @@ class WatchedPool:
             return connection
 
         return accounted_connect
+
+    def is_gone(self) -> bool:
+        """Return whether the application has dropped the engine."""
+        return self.dialect() is None
 
     def use(self) -> PoolUse | None:
         """Return how much of it is in use, None if the pool is gone."""
@@ -190,10 +201,10 @@ class WatchedPool:
         return timed_execute_no_params
 
 
-def _forget(ref: weakref.ref[Pool], name: str, listener: Callable[..., None]) -> None:
-    pool = ref()
-    if pool is not None:
-        event.remove(pool, name, listener)
+def _forget(ref: weakref.ref[Any], name: str, listener: Callable[..., None]) -> None:
+    owner = ref()
+    if owner is not None:
+        event.remove(owner, name, listener)
 
 
 def _limit(pool: QueuePool) -> int | None:

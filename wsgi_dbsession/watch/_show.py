@@ -89,7 +89,7 @@ def is_stream(hold: Hold, frames: dict[int, FrameType]) -> bool:
     if hold.is_left_over():
         return False
     return hold.is_between_steps() or any(
-        frame.f_code is Response.__next__.__code__ for frame in _stack(hold, frames)
+        frame.f_code is Response.__iter__.__code__ for frame in _stack(hold, frames)
     )
 
 

@@ -114,17 +114,19 @@ class Watch(Observer):
             account.got(hold, pooled)
 
     def _watch_engine(self, engine: Engine) -> WatchedPool:
-        pool = engine.pool
         with self._lock:
             for watched in self._pools:
-                # Engine.dispose() replaces the pool, and keeps its events.
-                if watched.dispatch is pool.dispatch:
-                    watched.take(pool)
+                # It is shared with what Engine.execution_options() returns.
+                if watched.dialect() is engine.dialect:
+                    watched.take(engine.pool)
                     return watched
+            self._pools = [each for each in self._pools if not each.is_gone()]
             watched = WatchedPool(engine, self._account)
-            same = sum(each.name.split(" #")[0] == watched.name for each in self._pools)
-            if same:
-                watched.name += f" #{same + 1}"
+            name, names = watched.name, {each.name for each in self._pools}
+            number = 1
+            while watched.name in names:
+                number += 1
+                watched.name = f"{name} #{number}"
             self._pools.append(watched)
             return watched
 

@@ -76,7 +76,7 @@ def test_a_scope_without_a_connection_is_left_out(
     with session_scope(registry):
         pass
 
-    assert watch.ended() == watch.places() == []
+    assert (watch.ended(), watch.places()) == ([], [])
 
 
 def test_retries_are_shown(registry: scoped_session[Session], watch: Watch) -> None:

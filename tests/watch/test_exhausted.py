@@ -168,4 +168,4 @@ def test_another_error_of_the_pool_says_nothing(
 
     assert notes(caught.value) == ""
     assert caplog.records == []
-    assert watch.waiting() == watch.holders() == []
+    assert (watch.waiting(), watch.holders()) == ([], [])

@@ -209,6 +209,20 @@ def test_a_connection_of_before_the_watch_is_found_by_its_next_transaction(
     assert watch.holders() == []
 
 
+def test_a_session_may_use_a_connection_of_before_the_watch(
+    engine: Engine, make_watch: Callable[..., Watch]
+) -> None:
+    """It is accounted for from the Session's transaction on."""
+    with engine.connect() as connection:
+        registry = make_registry(connection)
+        watch = make_watch(registry)
+        with session_scope(registry, name="late"):
+            registry.execute(SELECT)
+            assert [holder.name for holder in watch.holders()] == ["late"]
+    assert len(watch.pools()) == 1
+    assert watch.holders() == []
+
+
 def test_a_watch_that_is_closed_leaves_nothing(
     engine: Engine, registry: scoped_session[Session]
 ) -> None:

@@ -10,7 +10,6 @@ import pytest
 from sqlalchemy import text
 
 from wsgi_dbsession import session_scope
-from wsgi_dbsession.watch import _account
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +73,6 @@ def test_a_fork_without_handlers_is_noticed(
         registry.execute(text("SELECT 1"))
     assert len(watch.ended()) == 1
 
-    monkeypatch.setattr(_account.os, "getpid", lambda: -1)
+    monkeypatch.setattr("wsgi_dbsession.watch._account.os.getpid", lambda: -1)
 
     assert watch.ended() == []

@@ -317,6 +317,8 @@ def test_a_server_that_is_gone_is_noticed(
         page.open(f"{address}/_db")
         page.wait_for("!document.querySelector('#verdict').hidden")
     page.wait_for("document.querySelector('#beat').innerText.includes('no answer')")
+    assert "The server does not answer" in page.text("#verdict")
+    assert "free" not in page.text("#verdict")
     look(page, "gone")
 
 

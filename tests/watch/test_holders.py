@@ -191,6 +191,9 @@ def test_what_a_scope_leaves_behind_is_left_over(
     assert holder.state == "left over"
     assert holder.now is None
     assert watch.holders() == []
+    # The account of the scope was closed before.
+    assert [ended.held_s for ended in watch.ended()] == [0]
+    assert [place.total_s for place in watch.places()] == [0]
 
 
 def test_a_scope_that_was_dropped_keeps_no_holder(

@@ -208,9 +208,9 @@ class Hold:
         return waited
 
     def end(self) -> None:
-        """Add it to the account of its scope: the connection is returned."""
+        """Add it to the account of its scope, unless that has ended: it is returned."""
         work = self.work
-        if work is not None:
+        if work is not None and not work.ended:
             work.held += monotonic() - self.since
             work.busy += self.busy
             work.statements += self.statements

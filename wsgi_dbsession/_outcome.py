@@ -63,6 +63,7 @@ class Unit(Step):
         "outcome",
         "read_only",
         "reason",
+        "releases",
         "sessions",
     )
 
@@ -91,6 +92,9 @@ class Unit(Step):
     sessions: dict[ScopedRegistry[Session], Session]
     """The Sessions that were asked for, by the registry that keeps them here."""
 
+    releases: tuple[Any, ...]
+    """The ``released()`` blocks that are open."""
+
     context: Context | None
     """That in which the application last asked for a Session: the outcome runs in it."""
 
@@ -109,6 +113,7 @@ class Unit(Step):
         self._info: dict[str, Any] | None = None
         self._word: Literal["doomed", "kept"] | None = None
         self._hooks: tuple[Hook, ...] = ()
+        self.releases = ()
         self._discarded: str | None = None
         self._settling = False
 
@@ -174,6 +179,7 @@ class Unit(Step):
         :raises BaseException: the veto raised or the commit failed.
         """
         failure: BaseException | None = None
+        releases, self.releases = self.releases, ()  # an outcome needs connections
         for again in range(100):
             context = self.own(self.context or copy_context())
             try:
@@ -189,6 +195,7 @@ class Unit(Step):
                 break  # begun by a listener of each rollback
         else:
             failure = failure or RuntimeError(_ENDLESS)
+        self.releases = releases
         if failure is not None:
             try:
                 raise failure

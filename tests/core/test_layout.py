@@ -21,6 +21,7 @@ FLOORS = {
     "_hooks": 1,
     "_transaction": 1,
     "_outcome": 2,
+    "_released": 2,
     "_scope": 3,
     "_registry": 4,
     "_response": 4,

@@ -12,7 +12,7 @@ from tests.core.discards import HARMLESS, WRITES, insert_by_text
 from tests.support.errors import AppError, Kill
 from tests.support.models import Database, Note, make_engine
 from tests.support.wsgi import assert_nothing_left, make_registry
-from wsgi_dbsession import session_scope
+from wsgi_dbsession import _driver, session_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -288,6 +288,21 @@ def test_a_failed_transaction_is_refused(postgres_registry: Registry) -> None:
             postgres_registry.execute(text("SELECT 1/0"))
         with pytest.raises(RuntimeError, match=REFUSED + ".*cannot be known here"):
             scope.released().__enter__()
+
+
+def test_an_old_server_is_not_asked(
+    postgres_registry: Registry, postgres_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not know the function, and would abort the transaction: that one goes on."""
+    dialect = postgres_database.engine.dialect
+    with session_scope(postgres_registry) as scope:
+        insert_by_text(postgres_registry)
+        monkeypatch.setattr(dialect, "server_version_info", (12, 22))
+        monkeypatch.setattr(_driver, "_POSTGRESQL", "SELECT no_such_function()")
+        with pytest.raises(RuntimeError, match=REFUSED + ".*cannot be known here"):
+            scope.released().__enter__()
+
+    assert postgres_database.notes() == ["lost"]
 
 
 def test_a_failed_flush_is_refused(registry: Registry) -> None:

@@ -133,6 +133,8 @@ def _release(session: Session) -> None:
             with contextlib.suppress(Exception):
                 connection.invalidate()
                 connection.close()
+        with contextlib.suppress(Exception):  # SQLAlchemy has not come to that
+            session.dispatch.after_transaction_end(session, transaction)
         if not isinstance(failure, Exception):
             raise
         log.warning("rollback failed, closing the connection instead", exc_info=True)

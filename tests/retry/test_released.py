@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.support.models import Database
     from tests.support.postgres import Server
 
-pytestmark = pytest.mark.promise("retry", "released")
+pytestmark = pytest.mark.promise("released")
 
 
 def test_the_slow_call_is_repeated(race: Race, postgres_database: Database) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ._place import calling_line
 from ._report import log
 from ._transaction import connections, has_written
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from sqlalchemy.orm import Session
 
@@ -20,22 +20,15 @@ if TYPE_CHECKING:
 _WAYS = ("connection", "flush", "get_bind")
 
 
-class _Scope(Protocol):
-    releases: tuple[Released, ...]
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def sessions(self) -> Mapping[Any, Session]: ...
-
-
 class Released:
-    """A block in which the Sessions of a scope hold no connection, see ``Scope.released()``."""
+    """A block in which the Sessions of a scope hold no connection, see ``Scope.released()``.
+
+    :param scope: a ``Scope``, which is on a floor above.
+    """
 
     __slots__ = ("_guarded", "_scope", "place")
 
-    def __init__(self, scope: _Scope) -> None:
+    def __init__(self, scope: Any) -> None:
         self.place = ""
         self._scope = scope
         self._guarded: list[tuple[Session, dict[str, Any]]] = []
@@ -43,7 +36,7 @@ class Released:
     def __enter__(self) -> None:
         scope = self._scope
         self.place = calling_line()
-        sessions = () if scope.releases else tuple(scope.sessions.values())
+        sessions: list[Session] = [] if scope.releases else list(scope.sessions.values())
         for session in sessions:
             self._check(session)
         try:
@@ -56,12 +49,12 @@ class Released:
             raise
 
     def __exit__(self, *_: object) -> None:
-        scope, guarded = self._scope, self._guarded
+        scope = self._scope
         scope.releases = left = tuple(each for each in scope.releases if each is not self)
         if left:  # another block, in a generator that is suspended there
-            left[0]._guarded += guarded
+            left[0]._guarded += self._guarded
             return
-        for session, own in guarded:
+        for session, own in self._guarded:
             for way in _WAYS:
                 vars(session).pop(way, None)
             vars(session).update(own)
@@ -88,34 +81,23 @@ class Released:
             raise RuntimeError(msg)
         return call(*args, **named)
 
-    def _check(self, session: Session) -> None:
+    def _check(self, session: Any) -> None:
         """Raise if a Session has something to lose."""
-        if session.in_nested_transaction() or _is_in_block(session):
-            why = (
-                "a Session is in a `with` block of begin() or begin_nested(). Leave that block "
-                "before"
-            )
+        # `SessionTransaction.origin`, which is public, is the same for a Session.begin() without
+        # `with`, after which nothing waits for the end of that transaction.
+        if session.in_nested_transaction() or session._trans_context_manager is not None:
+            why = "a Session is in begin_nested() or `with Session.begin():`. Leave that before"
         elif wrote := has_written(session):
-            why = (
-                "something was written or is pending, and would be lost. Write after the block, "
-                "or call Session.commit() or Session.rollback() before it"
-            )
+            why = "something was written or is pending. Write after the block, or commit before"
         elif wrote is None:
             why = (
                 "whether something was written cannot be known here. Call Session.commit() or "
-                "Session.rollback() before the block (on MySQL and MariaDB, you can grant the "
-                "privilege PROCESS instead)"
+                "Session.rollback() before (or, for MySQL and MariaDB, grant PROCESS)"
             )
         else:
             return
         msg = f"{self._scope.name}: cannot release connections at {self.place}: {why}"
         raise RuntimeError(msg)
-
-
-def _is_in_block(session: Any) -> bool:
-    # `SessionTransaction.origin`, which is public, is the same for Session.begin() without `with`,
-    # after which nothing waits for the end of that transaction.
-    return session._trans_context_manager is not None
 
 
 def _release(session: Session) -> None:

@@ -49,7 +49,7 @@ class Step:
             _reset(token)
 
     def enter_block(self) -> None:
-        """Start a ``session_scope`` block, see :meth:`enter`."""
+        """Start a ``session_scope`` block."""
         innermost = _get()
         if innermost is not None and not innermost.in_step:
             _set(active_step())  # or the blocks that the collector closed would pile up
@@ -77,7 +77,7 @@ class Step:
         if token is None or token.old_value is Token.MISSING:
             return None
         outer: Step | None = token.old_value
-        return outer
+        return None if outer is self else outer  # it is, if leave() was interrupted
 
     def own(self, context: Context) -> Context:
         """Make this scope the current one of a copied context."""

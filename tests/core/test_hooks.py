@@ -184,6 +184,28 @@ def test_what_a_hook_writes_after_an_error_is_rolled_back(
     assert sqlite_database.notes() == []
 
 
+def test_what_hooks_begin_after_a_failed_commit_is_rolled_back(
+    database: Database, registry: scoped_session[Session]
+) -> None:
+    """Also where no step follows that could do it; and a hook that one of them registers runs."""
+    calls: list[str] = []
+
+    def hook() -> None:
+        registry.add(Note(text="hook"))
+        scope.on_rollback(calls.append, "hook of the hook")
+        scope.on_commit(calls.append, "never")
+
+    with pytest.raises(IntegrityError), session_scope(registry) as scope:
+        registry.add(Book(author_id=7))
+        scope.on_rollback(hook)
+
+    assert calls == ["hook of the hook"]
+    assert scope.outcome == "rollback"
+    assert isinstance(scope.failure, IntegrityError)
+    assert database.notes() == []
+    assert_nothing_left(registry)
+
+
 @pytest.mark.parametrize("outcome", ["commit", "rollback"])
 @pytest.mark.parametrize("work", [True, False], ids=["and writes", "only"])
 def test_a_hook_that_registers_itself_comes_to_an_end(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import cherrypy
 import pytest
+from sqlalchemy import text
 
 from tests.frameworks.apps.database import Session, add_orphan
 from tests.frameworks.server import Client
@@ -109,6 +110,7 @@ def test_hooks_up_to_on_end_resource_come_before_the_outcome(shop: Database) -> 
     class Page:
         @cherrypy.expose
         def index(self) -> str:
+            Session.execute(text("SELECT 1"))
             for point in points:
 
                 def note(point: str = point) -> None:

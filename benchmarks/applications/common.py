@@ -126,12 +126,11 @@ def our_registry(engine: Engine) -> Any:
     return scoped_session(sessionmaker(engine), scopefunc=current_scope)
 
 
-def watched(app: WSGIApplication, registry: Any) -> WSGIApplication:
+def watched(app: WSGIApplication, registry: Any) -> Any:
     """Watch the connections of an application that has our middleware."""
     # The first edition, which is measured by these files too, has none.
     watch: Any = importlib.import_module("wsgi_dbsession.watch")
-    application: WSGIApplication = watch.Watch(registry, warn_after=60).board(app)
-    return application
+    return watch.Watch(registry, warn_after=60).board(app)
 
 
 def zope_registry(engine: Engine) -> Any:

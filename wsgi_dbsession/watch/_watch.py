@@ -175,14 +175,14 @@ class Watch(Observer):
         app: WSGIApplication,
         path: str = "/_db",
         allow: Callable[[WSGIEnvironment], bool] = allow_loopback,
-    ) -> WSGIApplication:
+    ) -> Board:
         """Put a page around the application that shows all this, and refreshes itself.
 
         :param app: the WSGI application: outermost, so that it answers even if that does not.
         :param path: where the page is.
         :param allow: called with environ, returns whether to answer; others get a 404. The
             default answers clients on this machine only, see :func:`allow_loopback`.
-        :return: the WSGI application.
+        :return: the WSGI application to serve.
         :raises TypeError: ``app`` or ``allow`` is not callable.
         :raises ValueError: ``path`` does not begin with a slash.
         """

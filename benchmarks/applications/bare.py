@@ -182,7 +182,9 @@ def bare_ours(engine: Engine) -> WSGIApplication:
 
 def bare_watched(engine: Engine) -> WSGIApplication:
     registry = our_registry(engine)
-    return watched(SessionMiddleware(bare_application(plain(registry)), registry), registry)
+    application = SessionMiddleware(bare_application(plain(registry)), registry)
+    board: WSGIApplication = watched(application, registry)
+    return board
 
 
 def bare_ours_on_headers(engine: Engine) -> WSGIApplication:

@@ -8,8 +8,9 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import NullPool, SingletonThreadPool, StaticPool, create_engine, text
+from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.pool import NullPool, SingletonThreadPool, StaticPool
 
 from tests.support.wsgi import make_registry
 from wsgi_dbsession import current_scope, session_scope

@@ -8,6 +8,7 @@ import socket
 import threading
 import weakref
 from datetime import datetime, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import event
@@ -74,7 +75,7 @@ class Watch(Observer):
         if warn_after is not None:
             self._account.guard = Guard(warn_after, self._account.held)
         self._observing = [observe(registry, self) for registry in dict.fromkeys(registries)]
-        self._classes: list[type[Session]] = []
+        self._listeners: list[tuple[type[Session], Callable[..., None]]] = []
         for registry in adopted:
             factory: Any = registry.createfunc
             binds: list[Any] = [factory.kw.get("bind"), *(factory.kw.get("binds") or {}).values()]
@@ -82,16 +83,19 @@ class Watch(Observer):
                 if bind is not None:
                     self._watch_engine(bind.engine)
             # Other engines: those of get_bind(), or of a later configure().
-            event.listen(factory.class_, "after_begin", self._begun)
-            self._classes.append(factory.class_)
+            # A function for each: SQLAlchemy 2.0 cannot remove the same one from two classes.
+            listener = partial(self._begun)
+            event.listen(factory.class_, "after_begin", listener)
+            self._listeners.append((factory.class_, listener))
         _watches.add(self)
 
     def close(self) -> None:
         """Stop watching: restore the pools and dialects."""
         while self._observing:
             self._observing.pop().__exit__()
-        while self._classes:
-            event.remove(self._classes.pop(), "after_begin", self._begun)
+        while self._listeners:
+            kind, listener = self._listeners.pop()
+            event.remove(kind, "after_begin", listener)
         with self._lock:
             pools, self._pools = self._pools, []
         for pool in pools:

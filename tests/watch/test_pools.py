@@ -229,7 +229,7 @@ def test_a_watch_that_is_closed_leaves_nothing(
 ) -> None:
     """Pools, dialects and registries are as before, and may be watched again."""
     before = {name: getattr(engine.dialect, name) for name in TO_REPLACE}
-    connect = engine.pool.connect
+    connect, dispose = engine.pool.connect, engine.dispose
     watch = Watch(registry)
     assert engine.pool.connect != connect
     with engine.connect() as connection:
@@ -238,7 +238,8 @@ def test_a_watch_that_is_closed_leaves_nothing(
     with session_scope(registry):
         registry.execute(SELECT)
 
-    assert engine.pool.connect == connect
+    assert (engine.pool.connect, engine.dispose) == (connect, dispose)
+    assert not engine._has_events  # or each statement would cost more
     assert {name: getattr(engine.dialect, name) for name in TO_REPLACE} == before
     assert (watch.holders(), watch.ended(), watch.pools()) == ([], [], [])
     assert registry.registry.observers == ()  # type: ignore[attr-defined]
@@ -278,10 +279,13 @@ def test_a_watch_outlives_its_engine(make_watch: Callable[..., Watch]) -> None:
 
 
 def test_two_watches_look_at_one_pool(
-    registry: scoped_session[Session], make_watch: Callable[..., Watch]
+    engine: Engine, registry: scoped_session[Session], make_watch: Callable[..., Watch]
 ) -> None:
     """Each has its own account, in whatever order they are closed."""
     one, two = make_watch(registry), make_watch(registry)
+    engine.dispose()
+    with engine.connect():
+        assert [len(each.holders()) for each in (one, two)] == [1, 1]
     with session_scope(registry, name="both"):
         registry.execute(SELECT)
         assert [len(each.holders()) for each in (one, two)] == [1, 1]

@@ -88,28 +88,29 @@ def the_guest(name: str) -> Guest:
 
 @pages.post("/sign")
 def sign() -> Redirect:
-    Session.add(Entry(text=request.form["text"], guest=the_guest(request.form["name"])))
+    guest = the_guest(request.form["name"])
+    Session.add(Entry(text=request.form["text"], guest=guest))
     return redirect("/#sign", 303)
 
 
 @pages.post("/crash")
 def crash() -> str:
-    Session.add(Entry(text="never seen", guest=the_guest("Nobody")))
+    Session.add(Entry(text="lost", guest=the_guest("Nobody")))
     Session.flush()
     raise RuntimeError("a bug after the INSERT")
 
 
 @pages.post("/stranger")
 def stranger() -> str:
-    Session.add(Entry(text="by a guest who does not exist", guest_id=-1))
+    Session.add(Entry(text="by an unknown guest", guest_id=-1))
     return "Thank you for your entry!"
 
 
 @pages.post("/discard")
 def discard() -> str:
-    Session.add(Entry(text="never seen", guest=the_guest("Nobody")))
+    Session.add(Entry(text="lost", guest=the_guest("Nobody")))
     Session.flush()
-    Session.remove()  # a leftover from a tutorial: it throws the entry away
+    Session.remove()  # copied from a tutorial: discards the entry
     return "Thank you for your entry!"
 
 
@@ -118,9 +119,10 @@ def stream() -> Response:
     def lines() -> Iterator[str]:
         yield render_template("stream.html")
         for number in range(1, 6):
-            Session.add(Entry(text=f"line {number} of a stream", guest=the_guest("Stream")))
+            line = f"line {number} of a stream"
+            Session.add(Entry(text=line, guest=the_guest("Stream")))
             Session.flush()
-            yield f"<p>line {number} is written</p>\n"
+            yield f"<p>{line} is written</p>\n"
             time.sleep(0.2)
 
     return Response(stream_with_context(lines()))

@@ -44,6 +44,7 @@ class Timeline:
     address: str
     status: str = ""
     """What the server sent, empty before the start."""
+    newest: bool = True
     whole: bool = False
     closed: bool = False
     lines: list[Line] = field(default_factory=list)
@@ -104,6 +105,8 @@ class Recorder(Observer):
         query = environ.get("QUERY_STRING")
         timeline = Timeline(environ["PATH_INFO"] + (f"?{query}" if query else ""))
         environ[KEY] = timeline
+        for older in self._recent:
+            older.newest = False
         self._recent.appendleft(timeline)
 
         def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Callable[..., Any]:

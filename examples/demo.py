@@ -173,12 +173,11 @@ def main() -> int:
     # The errors of the demo are on purpose; their tracebacks would bury what it prints.
     for name in ("guestbook", "wsgi_dbsession"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    interrupt_on_signals()
     try:
-        interrupt_on_signals()
         with database() as url:
             return serve(url, once=options.once)
     except KeyboardInterrupt:
-        print("\nGoodbye.")
         return 0
 
 

@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flask import (
     Blueprint,
@@ -22,56 +22,23 @@ from flask import (
     request,
     stream_with_context,
 )
-from sqlalchemy import ForeignKey, create_engine, event, select
-from sqlalchemy.orm import (
-    DeclarativeBase,
-    Mapped,
-    mapped_column,
-    relationship,
-    scoped_session,
-    sessionmaker,
-)
+from sqlalchemy import select
+from sqlalchemy.orm import scoped_session, sessionmaker
 from werkzeug.exceptions import HTTPException
 
 from wsgi_dbsession import SessionMiddleware, current_scope
 
+from .database import Base, Entry, Guest, make_engine
 from .timeline import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
-    from sqlalchemy import Engine
     from werkzeug.wrappers import Response as Redirect
 
 Session = scoped_session(sessionmaker(), scopefunc=current_scope)
 pages = Blueprint("guestbook", __name__)
-
-
-class Base(DeclarativeBase):
-    """The tables of the guestbook."""
-
-
-class Guest(Base):
-    """A person who signs."""
-
-    __tablename__ = "guest"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(unique=True)
-
-
-class Entry(Base):
-    """What a guest wrote. The database checks only at COMMIT that the guest exists."""
-
-    __tablename__ = "entry"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    text: Mapped[str]
-    guest_id: Mapped[int] = mapped_column(
-        ForeignKey("guest.id", deferrable=True, initially="DEFERRED")
-    )
-    guest: Mapped[Guest] = relationship()
 
 
 def the_guest(name: str) -> Guest:
@@ -143,21 +110,6 @@ def explain(error: HTTPException) -> tuple[str, int]:
     cause = getattr(error, "original_exception", None) or error.description
     what = f"The guestbook answered {code} {error.name}, so the middleware rolled back."
     return render_template("error.html", title=error.name, what=what, cause=cause), code
-
-
-def make_engine(url: str) -> Engine:
-    """Make an engine with five connections."""
-    engine = create_engine(url, pool_pre_ping=True, pool_size=5, max_overflow=0)
-    if engine.dialect.name == "sqlite":
-
-        @event.listens_for(engine, "connect")
-        def prepare(connection: Any, _: object) -> None:
-            connection.execute("PRAGMA foreign_keys=ON")
-            connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
-            # A second writer gets an error at once: waiting for the lock would stop all greenlets.
-            connection.execute("PRAGMA busy_timeout=0")
-
-    return engine
 
 
 def create_app(url: str | None = None) -> Flask:

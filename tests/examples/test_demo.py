@@ -1,4 +1,4 @@
-"""The program of ``make demo``: it presses each button, serves the page, and removes its traces."""
+"""The program of ``make demo`` presses each button, serves the page and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_signal_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) 
         stream.request("POST", "/stream")
         stream.getresponse().readline()
         process.send_signal(number)
-        output, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=30)
         stream.close()
 
     assert status == 200
@@ -128,7 +128,6 @@ def test_a_signal_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) 
     assert made, "the demo does not use the folder that this test looks at"
     assert process.returncode == 0, errors
     assert errors == ""
-    assert output.endswith("Goodbye.\n")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)

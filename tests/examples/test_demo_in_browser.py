@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.examples.test_examples import running
+from tests.examples.test_demo import starting, wait_for_address
 from tests.support.browser import Browser, find_chromium
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ pytestmark = [
 
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
-    with running("demo.py", tmp_path) as url:
-        yield url
+    with starting(tmp_path) as process:
+        yield wait_for_address(process).rstrip("/")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

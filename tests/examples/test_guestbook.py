@@ -1,10 +1,11 @@
-"""The page of the demo: the code that runs, and what happened, from events and not from a script."""
+"""The page of the demo shows the code that runs and what happened, from real events."""
 
 from __future__ import annotations
 
 import html
 import inspect
 import re
+import threading
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -12,12 +13,15 @@ from urllib.parse import urlencode
 import pytest
 
 from tests.support.wsgi import ask, make_environ
-from wsgi_dbsession import SessionMiddleware
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
     from flask import Flask
 
     from tests.support.wsgi import Reply
+    from wsgi_dbsession import SessionMiddleware
 
 ADA = {"name": "Ada", "text": "Hello!"}
 VIEWS = ["sign", "crash", "stranger", "discard", "stream"]
@@ -26,14 +30,18 @@ VIEWS = ["sign", "crash", "stranger", "discard", "stream"]
 def press(app: Any, address: str, form: dict[str, str] | None = None) -> Reply:
     body = urlencode(form or {}).encode()
     path, _, query = address.partition("?")
+
+    def with_body(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        environ["wsgi.input"] = BytesIO(body)
+        return app(environ, start_response)
+
     return ask(
-        app,
+        with_body,
         "POST",
         path,
         QUERY_STRING=query,
         CONTENT_TYPE="application/x-www-form-urlencoded",
         CONTENT_LENGTH=str(len(body)),
-        **{"wsgi.input": BytesIO(body)},
     )
 
 
@@ -155,13 +163,13 @@ def test_the_page_shows_what_happened_in_order(
         assert each.replace(": ", ":").split(":")[0] in shown
 
 
-def test_another_moment_gives_another_timeline(app: Flask) -> None:
+def test_another_moment_gives_another_timeline(app: Flask, guestbook: Any) -> None:
     """The lines are events: with ``commit_on="close"`` the start comes before the COMMIT."""
     recorder: Any = app.wsgi_app
     middleware: SessionMiddleware = recorder._outer
     other: Any = type(middleware)(
         middleware.app,
-        *middleware._registries,
+        guestbook.Session,
         commit_on="close",
         observers=middleware.observers,
     )
@@ -271,3 +279,21 @@ def test_only_the_last_requests_are_kept(app: Flask) -> None:
     last: Any = app.jinja_env.globals["happened"]
     assert last("/29") is not None
     assert last("/0") is None
+
+
+def test_a_writer_waits_for_another(app: Flask) -> None:
+    """Two requests that write to the SQLite file at a time both commit."""
+    stream: Any = app(make_environ("POST", "/stream"), lambda *_: print)
+    assert next(stream)
+    assert b"line 1" in next(stream)
+    replies: list[Reply] = []
+    writer = threading.Thread(target=lambda: replies.append(press(app, "/sign", ADA)))
+
+    writer.start()
+    assert b"line 5" in b"".join(stream)
+    stream.close()
+    writer.join(20)
+
+    assert [each.status for each in replies] == ["303 SEE OTHER"]
+    assert "Hello!" in page(app)
+    assert "line 5 of a stream" in page(app)

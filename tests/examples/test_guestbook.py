@@ -27,7 +27,7 @@ ADA = {"name": "Ada", "text": "Hello!"}
 VIEWS = ["sign", "crash", "stranger", "discard", "stream"]
 
 
-def press(app: Any, address: str, form: dict[str, str] | None = None) -> Reply:
+def press(app: Flask, address: str, form: dict[str, str] | None = None) -> Reply:
     body = urlencode(form or {}).encode()
     path, _, query = address.partition("?")
 

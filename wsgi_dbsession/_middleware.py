@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import scoped_session
 
+from ._moment import MOMENTS, CommitOn, Policy, choose_moment
 from ._registry import adopt, check_observers, observers_of
-from ._response import MOMENTS, CommitOn, Policy, choose_moment, respond
+from ._response import respond
 from ._scope import Observer, Scope, find_scope
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from ._response import CommitVeto
+    from ._moment import CommitVeto
 
 
 def default_commit_veto(

@@ -10,24 +10,21 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Literal
 
 from ._fork import inherited
-from ._report import add_note, describe, describe_path, log
-from ._step import Step
-from ._transaction import Commit, Truth, is_autocommit, is_begun, is_inherited, rollback, undo
+from ._observed import Observed
+from ._report import add_note, log
+from ._transaction import Commit, is_autocommit, is_begun, is_inherited, rollback, undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextvars import Context
-    from typing import TypeAlias
 
     from _typeshed.wsgi import WSGIEnvironment
     from sqlalchemy.orm import Session
     from sqlalchemy.util import ScopedRegistry
 
     from ._hooks import Hook
-
-Outcome: TypeAlias = Literal["commit", "rollback", "unknown", "partial"]
-Reason: TypeAlias = Literal["error", "doomed", "incomplete", "kept", "veto", "complete"] | Truth
-Veto: TypeAlias = "Callable[[], str] | None"
+    from ._observed import Outcome, Reason
+    from ._transaction import Truth
 
 # RFC 9110, section 9.2.1: a request with one of these methods is not meant to write.
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
@@ -45,7 +42,7 @@ _OUTCOMES: dict[Truth, Outcome] = {
 }
 
 
-class Unit(Step):
+class Unit(Observed):
     """A unit of work and its outcome; the base class of ``Scope``."""
 
     __slots__ = (
@@ -53,34 +50,12 @@ class Unit(Step):
         "_discarded",
         "_hooks",
         "_info",
-        "_name",
         "_settling",
         "_word",
         "context",
-        "environ",
-        "failure",
-        "observers",
-        "outcome",
         "read_only",
-        "reason",
         "sessions",
     )
-
-    environ: WSGIEnvironment | None
-    """The request's environ; None in a ``session_scope`` block and once the request is over."""
-
-    outcome: Outcome | None
-    """What became of the work.
-
-    None until it is decided, and where there is nothing to decide: no Session was asked for.
-    "unknown" and "partial" are commits that failed half-way, see :attr:`reason`.
-    """
-
-    reason: Reason | None
-    """Why the outcome is what it is; after a failed commit, the truth about it."""
-
-    failure: BaseException | None
-    """The error of the commit that failed."""
 
     read_only: bool | None
     """Whether the scope only reads, for Sessions that are routed by it; None if it did not say.
@@ -109,13 +84,8 @@ class Unit(Step):
         self._info: dict[str, Any] | None = None
         self._word: Literal["doomed", "kept"] | None = None
         self._hooks: tuple[Hook, ...] = ()
-        self._discarded: str | None = None
+        self._discarded: BaseException | None = None
         self._settling = False
-
-    @property
-    def name(self) -> str:
-        """``"POST /notes"`` for a request, for a block its name."""
-        return self._name if self.environ is None else describe(self.environ)
 
     def abandon(self) -> None:
         """Forget everything, in a child process: it is the parent's."""
@@ -224,7 +194,7 @@ class Unit(Step):
         commit = Commit(sessions, final=final)
         try:
             if self._discarded:
-                raise _refuse_discarded(self._discarded)
+                raise self._discarded
             commit.run()
         except BaseException as failure:
             self.failure = failure
@@ -343,47 +313,3 @@ class Unit(Step):
             failure = undo(session, "close")
             interruption = interruption or failure
         return interruption
-
-    # -- those who look on ------------------------------------------------------------------------
-
-    def join(self, observers: tuple[Any, ...]) -> None:
-        """Let the observers of a nested middleware look on too."""
-        new = tuple(each for each in dict.fromkeys(observers) if each not in self.observers)
-        self.observers += new
-        for observer in new:
-            self._call(observer, "opened")
-
-    def tell(self, method: str, *arguments: object) -> bool:
-        """Call the observers.
-
-        :return: whether one of them has dealt with it.
-        """
-        # Each is called, whatever the one before it returned.
-        return True in [self._call(each, method, *arguments) for each in self.observers]
-
-    def _call(self, observer: Any, method: str, *arguments: object) -> object:
-        try:
-            return getattr(observer, method)(self, *arguments)
-        except Exception:
-            log.exception("observer failed in %s(): %r", method, observer, extra=self.extra())
-            return None
-
-    def extra(self) -> dict[str, object]:
-        """Return the fields of a log record, for machines."""
-        environ = self.environ or {}
-        return {
-            "method": environ.get("REQUEST_METHOD"),
-            "path": None if self.environ is None else describe_path(environ),
-            "scope": self.name,
-            "outcome": self.outcome,
-            "reason": self.reason,
-        }
-
-
-def _refuse_discarded(line: str) -> BaseException:
-    msg = (
-        f"cannot commit: a Session was closed at {line}, and what it had written is lost. Remove "
-        "that line, because the middleware and session_scope close Sessions themselves, or call "
-        "Session.commit() or Session.rollback() before it"
-    )
-    return RuntimeError(msg)

@@ -6,7 +6,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, cast
 
 from ._hooks import Hook, open_savepoints
-from ._outcome import Outcome, Unit
+from ._outcome import Unit
 from ._place import calling_line
 from ._report import log
 from ._step import active_step, active_steps
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session, SessionTransaction
 
+    from ._observed import Outcome
     from ._transaction import AdoptedSession
 
 
@@ -163,7 +164,7 @@ class Scope(Unit):
             return
         wrote = has_written(session)
         if wrote:
-            self._discarded = self._discarded or calling_line()
+            self._discarded = self._discarded or _refuse_discarded(calling_line())
         elif wrote is None:
             line = calling_line()
             lines = cast("AdoptedSession", session).dbsession_lines
@@ -176,3 +177,12 @@ class Scope(Unit):
                     line,
                     extra=self.extra(),
                 )
+
+
+def _refuse_discarded(line: str) -> BaseException:
+    msg = (
+        f"cannot commit: a Session was closed at {line}, and what it had written is lost. Remove "
+        "that line, because the middleware and session_scope close Sessions themselves, or call "
+        "Session.commit() or Session.rollback() before it"
+    )
+    return RuntimeError(msg)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
 
     from tests.support.wsgi import Headers
-    from wsgi_dbsession._response import CommitOn, Moment
+    from wsgi_dbsession._moment import CommitOn, Moment
 
     Registry = scoped_session[Session]
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
     from sqlalchemy.orm import Session, scoped_session
 
-    from wsgi_dbsession._response import CommitOn
+    from wsgi_dbsession._moment import CommitOn
 
     Registry = scoped_session[Session]
 

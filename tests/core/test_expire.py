@@ -15,7 +15,7 @@ from wsgi_dbsession import SessionMiddleware, session_scope
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
 
-    from wsgi_dbsession._response import CommitOn
+    from wsgi_dbsession._moment import CommitOn
 
     Registry = scoped_session[Session]
 

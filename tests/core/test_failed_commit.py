@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
 
     from tests.support.wsgi import ExcInfo, Headers
-    from wsgi_dbsession._response import CommitOn
+    from wsgi_dbsession._moment import CommitOn
 
 
 def sorry(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

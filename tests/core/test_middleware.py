@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
     from tests.support.wsgi import Headers
-    from wsgi_dbsession._response import CommitOn
+    from wsgi_dbsession._moment import CommitOn
 
 
 class VetoError(Exception):

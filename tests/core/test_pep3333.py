@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     from sqlalchemy.orm import Session, scoped_session
 
-    from wsgi_dbsession._response import CommitOn
+    from wsgi_dbsession._moment import CommitOn
 
 pytestmark = pytest.mark.promise("PEP 3333")
 

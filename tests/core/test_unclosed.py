@@ -24,7 +24,7 @@ from wsgi_dbsession import Scope, SessionMiddleware
 
 if TYPE_CHECKING:
     from tests.support.models import Database
-    from wsgi_dbsession._response import CommitOn
+    from wsgi_dbsession._moment import CommitOn
 
 pytestmark = pytest.mark.promise("unclosed")
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
 
     from tests.support.wsgi import Headers, Program, Server
-    from wsgi_dbsession._response import CommitOn
+    from wsgi_dbsession._moment import CommitOn
 
 MOMENTS: list[CommitOn] = ["complete", "headers", "close"]
 

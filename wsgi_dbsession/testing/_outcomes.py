@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import scoped_session
 
-    from wsgi_dbsession._outcome import Outcome, Reason
+    from wsgi_dbsession._observed import Outcome, Reason
     from wsgi_dbsession._scope import Scope
 
 

@@ -1,0 +1,82 @@
+"""What a scope shows to those who look on: its observers, and the log."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from ._report import describe, describe_path, log
+from ._step import Step
+from ._transaction import Truth
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from _typeshed.wsgi import WSGIEnvironment
+
+Outcome: TypeAlias = Literal["commit", "rollback", "unknown", "partial"]
+Reason: TypeAlias = Literal["error", "doomed", "incomplete", "kept", "veto", "complete"] | Truth
+
+
+class Observed(Step):
+    """What a scope is to those who look on; a base class of ``Scope``."""
+
+    __slots__ = ("_name", "environ", "failure", "observers", "outcome", "reason")
+
+    environ: WSGIEnvironment | None
+    """The request's environ; None in a ``session_scope`` block and once the request is over."""
+
+    outcome: Outcome | None
+    """What became of the work.
+
+    None until it is decided, and where there is nothing to decide: no Session was asked for.
+    "unknown" and "partial" are commits that failed half-way, see :attr:`reason`.
+    """
+
+    reason: Reason | None
+    """Why the outcome is what it is; after a failed commit, the truth about it."""
+
+    failure: BaseException | None
+    """The error of the commit that failed."""
+
+    observers: tuple[Any, ...]
+    """Who looks on."""
+
+    _name: str
+
+    @property
+    def name(self) -> str:
+        """``"POST /notes"`` for a request, for a block its name."""
+        return self._name if self.environ is None else describe(self.environ)
+
+    def join(self, observers: tuple[Any, ...]) -> None:
+        """Let the observers of a nested middleware look on too."""
+        new = tuple(each for each in dict.fromkeys(observers) if each not in self.observers)
+        self.observers += new
+        for observer in new:
+            self._call(observer, "opened")
+
+    def tell(self, method: str, *arguments: object) -> bool:
+        """Call the observers.
+
+        :return: whether one of them has dealt with it.
+        """
+        # Each is called, whatever the one before it returned.
+        return True in [self._call(each, method, *arguments) for each in self.observers]
+
+    def _call(self, observer: Any, method: str, *arguments: object) -> object:
+        try:
+            return getattr(observer, method)(self, *arguments)
+        except Exception:
+            log.exception("observer failed in %s(): %r", method, observer, extra=self.extra())
+            return None
+
+    def extra(self) -> dict[str, object]:
+        """Return the fields of a log record, for machines."""
+        environ = self.environ or {}
+        return {
+            "method": environ.get("REQUEST_METHOD"),
+            "path": None if self.environ is None else describe_path(environ),
+            "scope": self.name,
+            "outcome": self.outcome,
+            "reason": self.reason,
+        }

@@ -15,6 +15,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
+from . import _pooler  # noqa: F401 - it listens to all pools
 from ._fork import forget_inherited
 from ._scope import Observer, current_scope, find_scope
 from ._transaction import AdoptedSession

@@ -77,6 +77,28 @@ def test_prepared_statements_collide(bouncer: PgBouncer, make_engine: MakeEngine
         prepare(connection, "INSERT INTO other VALUES (:value)")
 
 
+def test_the_default_is_a_warning_at_the_first_connect(
+    cluster: PostgresCluster,
+    bouncer: PgBouncer,
+    make_engine: MakeEngine,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Only behind the bouncer, and only with the default."""
+    for url, options in (
+        (bouncer.url(), {"connect_args": UNPREPARED}),
+        (bouncer.url(driver="psycopg2"), {}),
+        (cluster.primary.url(), {}),
+    ):
+        assert value(make_engine(url, **options), "SELECT 1") == 1
+    assert not caplog.records
+
+    engine = make_engine(bouncer.url())
+    assert value(engine, "SELECT 1") == value(engine, "SELECT 1") == 1
+
+    (record,) = caplog.records
+    assert record.getMessage().startswith("a pooler such as PgBouncer is between psycopg and")
+
+
 def backend(connection: Connection) -> int:
     """Return the backend of a connection, which is its own until the transaction ends."""
     pid: int = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()

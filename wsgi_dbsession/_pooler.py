@@ -47,4 +47,7 @@ def _on_first_connect(driver: Any, _: object) -> None:
                 log.warning(_WARNING)
 
 
-event.listen(Pool, "first_connect", _on_first_connect)
+def warn_behind_pooler() -> None:
+    """Let the first connection of each engine that leads to a pooler be named in the log."""
+    if not event.contains(Pool, "first_connect", _on_first_connect):
+        event.listen(Pool, "first_connect", _on_first_connect)

@@ -12,6 +12,7 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 
 from tests.support.clusters import PgBouncer, PostgresCluster, pgbouncer, postgres_cluster
+from wsgi_dbsession._pooler import warn_behind_pooler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,6 +85,7 @@ def test_the_default_is_a_warning_at_the_first_connect(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Only behind the bouncer, and only with the default."""
+    warn_behind_pooler()  # as whatever adopts a registry does
     for url, options in (
         (bouncer.url(), {"connect_args": UNPREPARED}),
         (bouncer.url(driver="psycopg2"), {}),

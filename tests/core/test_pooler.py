@@ -9,10 +9,13 @@ import psycopg
 import pytest
 from sqlalchemy import create_engine, text
 
+from wsgi_dbsession import session_scope
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sqlalchemy import Engine
+    from sqlalchemy.orm import Session, scoped_session
 
     from tests.support.models import Database
 
@@ -20,8 +23,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def make(postgres_database: Database) -> Iterator[MakeEngine]:
-    """Make engines of the test's database."""
+def make(
+    postgres_database: Database, sqlite_registry: scoped_session[Session]
+) -> Iterator[MakeEngine]:
+    """Make engines of the test's database, in a process that has adopted a registry."""
+    with session_scope(sqlite_registry):
+        pass
     engines: list[Engine] = []
 
     def make(driver: str = "psycopg", **options: Any) -> Engine:

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
 from ._fork import forget_inherited
+from ._pooler import warn_behind_pooler
 from ._scope import Observer, current_scope, find_scope
 from ._transaction import AdoptedSession
 
@@ -145,6 +146,7 @@ def _adopt(registry: scoped_session[Any]) -> SessionRegistry:
             event.listen(factory, "after_flush", _after_flush, insert=True)
             event.listen(factory, "after_soft_rollback", _after_rollback, insert=True)
         adopted = registry.registry = SessionRegistry(factory)
+        warn_behind_pooler()
     return adopted
 
 

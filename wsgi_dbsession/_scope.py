@@ -79,6 +79,13 @@ class Observer:
     def hook_called(self, scope: Scope, hook: Callable[..., object]) -> None:
         """Look at a hook that is about to run."""
 
+    def discarding(self, scope: Scope, cause: str) -> bool | None:
+        """Look at uncommitted changes that the veto is about to discard.
+
+        :param cause: such as ``"status 404"``.
+        :return: True if it has been dealt with, so that it is not logged.
+        """
+
     def commit_failed(self, scope: Scope, failure: BaseException) -> bool | None:
         """Look at a failed commit.
 

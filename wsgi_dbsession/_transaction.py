@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 
 Truth: TypeAlias = Literal["rolled back", "unknown", "committed", "partly committed"]
 
-# The answer to a COMMIT that leaves open whether it took place: connection exceptions, an operator
-# who ended the server's process, "statement completion unknown", and a node of Galera that lost
-# its cluster.
-_OPEN = ("08", "57P", "40003", "1180", "1047")
-
 
 class AdoptedSession(Session):
     """A Session that reports what a ``close()`` discards; mixed into the application's class."""
@@ -228,7 +223,7 @@ class Commit:
                 "partly committed",
                 f"partly committed, {done} transactions before the failed one{prepared}",
             )
-        if not self._spoiled and _was_sent(failure) and not _is_refusal(failure):
+        if not self._spoiled and _was_sent(failure) and not _driver.is_refusal(failure):
             return "unknown", f"connection lost during COMMIT, outcome unknown{prepared}"
         if any(map(is_autocommit, self._sessions)):
             return "rolled back", "commit failed, but AUTOCOMMIT keeps what was written"
@@ -271,15 +266,6 @@ def _was_sent(failure: BaseException) -> bool:
     """Return whether this failure came out of COMMIT or one of its two phases."""
     return any(
         _driver.passed_through(failure, method) for method in ("do_commit", "do_prepare_twophase")
-    )
-
-
-def _is_refusal(failure: BaseException) -> bool:
-    """Return whether the database answered, and answered no."""
-    return (
-        isinstance(failure, exc.DBAPIError)
-        and not failure.connection_invalidated
-        and not any(code.startswith(_OPEN) for code in _driver.codes(failure))
     )
 
 

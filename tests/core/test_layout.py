@@ -19,6 +19,7 @@ FLOORS = {
     "_step": 0,
     "_version": 0,
     "_hooks": 1,
+    "_pooler": 1,
     "_transaction": 1,
     "_observed": 2,
     "_released": 2,

@@ -11,7 +11,6 @@ from tests.support.browser import Browser, find_chromium
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = [
     pytest.mark.servers,
@@ -20,10 +19,19 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
-    with starting(tmp_path) as process:
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with starting(tmp_path_factory.mktemp("demo")) as process:
         yield wait_for_address(process).rstrip("/")
+
+
+def wait_for_timeline(browser: Browser, name: str, words: str) -> None:
+    """Wait until the page has come back to a button, and shows what happened."""
+    browser.wait_for(
+        f"location.hash === '#{name}' && document.readyState === 'complete' &&"
+        f"document.querySelector('#{name} details[open]').innerText.includes({words!r})"
+    )
+    assert browser.overflow() == 0
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -35,29 +43,27 @@ def test_each_button_shows_what_happened(address: str, width: int, dark: bool) -
         assert browser.overflow() == 0
 
         browser.click("#sign button")
-        browser.wait_for("location.hash === '#sign'")
-        assert "COMMIT" in browser.text("#sign details[open]")
+        wait_for_timeline(browser, "sign", "COMMIT")
 
-        for name, words in [
-            ("crash", "a bug after the INSERT"),
-            ("stranger", "the commit failed"),
-            ("discard", "Remove that line"),
-            ("stream", "line 5 of a stream is written"),
+        for name, answer, words in [
+            ("crash", "a bug after the INSERT", "ROLLBACK"),
+            ("stranger", "the commit failed", "The database refuses"),
+            ("discard", "Remove that line", "cannot commit"),
+            ("stream", "line 5 of a stream is written", "The server calls"),
         ]:
             browser.click(f"#{name} button")
-            browser.wait_for(f"document.body.innerText.includes({words!r})")
+            browser.wait_for(
+                "document.querySelector('#back') !== null &&"
+                f"document.body.innerText.includes({answer!r})"
+            )
             assert browser.overflow() == 0
             browser.click("#back")
-            browser.wait_for(f"location.hash === '#{name}'")
-            assert "server" in browser.text(f"#{name} details[open]")
-            assert browser.overflow() == 0
+            wait_for_timeline(browser, name, words)
 
         browser.click("#leave button")
-        browser.wait_for("location.hash === '#leave'")
-        assert "The client has gone." in browser.text("#leave details[open]")
+        wait_for_timeline(browser, "leave", "The client has gone.")
 
         assert browser.errors == []
-        assert {each for each in browser.requests if not each.startswith("data:")} <= {
-            f"{address}/{path}"
-            for path in ("", "sign", "crash", "stranger", "discard", "stream", "stream?leave")
-        }
+        paths = ("", "sign", "crash", "stranger", "discard", "stream", "stream?leave")
+        asked = {each for each in browser.requests if not each.startswith("data:")}
+        assert asked <= {f"{address}/{path}" for path in paths}

@@ -254,11 +254,10 @@ class Unit(Observed):
             if session.in_transaction() and (
                 method not in _SAFE_METHODS or session.new or session.dirty or session.deleted
             ):
-                if self.observers and self.tell("discarding", vetoed):
-                    return
                 but = ", except what AUTOCOMMIT has committed" if is_autocommit(session) else ""
                 message = "%s: discarding uncommitted changes%s: %s; scope.keep() commits them"
-                log.info(message, self.name, but, vetoed, extra=self.extra())
+                if not self.tell("discarding", vetoed):
+                    log.info(message, self.name, but, vetoed, extra=self.extra())
                 return
 
     def close(

@@ -143,7 +143,7 @@ class Start(HeldStart):
         :raises AssertionError: the application has not called ``start_response``.
         :raises ValueError: ``commit_on`` returned something else.
         """
-        moment: Moment | None = self._moment
+        moment = self._moment
         if moment is None:
             choice: Any = self.policy.commit_on
             if callable(choice):
@@ -153,7 +153,8 @@ class Start(HeldStart):
                 if choice not in MOMENTS:
                     msg = f"commit_on must return one of {MOMENTS}, got {choice!r}"
                     raise ValueError(msg)
-            self._moment = moment = choice
+            chosen: Moment = choice
+            self._moment = moment = chosen
         return moment
 
     def proceed(self, *, complete: bool) -> None:

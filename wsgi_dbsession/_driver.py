@@ -182,8 +182,11 @@ def spoiler(info: dict[Any, Any], transaction: Transaction) -> BaseException | N
 
     :param info: the ``Connection.info`` of its connection, which may be back in the pool.
     """
-    reference, error = info.get(_SPOILED, _NOTHING)
-    return cast("BaseException", error) if reference() is transaction else None
+    found = info.get(_SPOILED)
+    if found is None or found[0]() is not transaction:
+        return None
+    error: BaseException = found[1]
+    return error
 
 
 def _is_spoiled(connection: Connection) -> bool:
@@ -206,13 +209,6 @@ def passed_through(error: BaseException, prefix: str) -> bool:
             return True
         traceback = traceback.tb_next
     return False
-
-
-def _nothing() -> None:
-    return None
-
-
-_NOTHING: tuple[Any, Any] = (_nothing, None)
 
 
 def _driver_of(connection: Connection) -> Any:

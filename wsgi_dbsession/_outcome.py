@@ -278,7 +278,7 @@ class Unit(Observed):
                 self.settle(error, complete=complete, veto=veto)
         except BaseException as settling:
             failure = failure or settling
-        interruption = self.close_sessions()
+        interruption = self.close_sessions() if self.sessions else None
         failure = failure or interruption
         if self.observers:
             self.tell("closed")

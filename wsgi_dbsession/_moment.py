@@ -56,7 +56,19 @@ def choose_moment(environ: WSGIEnvironment, status: str, headers: Headers) -> Mo
 class Start(HeldStart):
     """The held start of a response, and the moments of its scope."""
 
-    __slots__ = ("_length", "_moment", "environ", "failure", "is_head", "policy", "scope", "sent")
+    __slots__ = (
+        "_moment",
+        "environ",
+        "failure",
+        "is_head",
+        "known_length",
+        "policy",
+        "scope",
+        "sent",
+    )
+
+    known_length: float | None
+    """What :meth:`length` returns, once it was asked since the last start."""
 
     def __init__(
         self,
@@ -75,7 +87,7 @@ class Start(HeldStart):
         self.is_head = environ.get("REQUEST_METHOD") == "HEAD"
         self.sent = 0  # bytes of the body
         self.failure: BaseException | None = None
-        self._length: float | None = None
+        self.known_length = None
         self._moment: Moment | None = None
 
     def __call__(
@@ -96,7 +108,7 @@ class Start(HeldStart):
                 self.scope.doom()
                 self.failure = AssertionError(msg)
                 raise self.failure
-            self._length = self._moment = None
+            self.known_length = self._moment = None
         self.status = status
         self.headers = headers
         self._exc_info = exc_info
@@ -131,11 +143,11 @@ class Start(HeldStart):
 
         :raises AssertionError: the application has not called ``start_response``.
         """
-        if self._length is None:
+        if self.known_length is None:
             if self.status is None:
                 raise AssertionError(_NO_START)
-            self._length = body_length(self.is_head, self.status, self.headers)
-        return self._length
+            self.known_length = body_length(self.is_head, self.status, self.headers)
+        return self.known_length
 
     def moment(self) -> Moment:
         """Return when the outcome of this response comes.

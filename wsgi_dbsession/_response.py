@@ -85,7 +85,6 @@ class Response:
         "_complete",
         "_iterable",
         "_iterator",
-        "_length",
         "_start",
     )
 
@@ -95,7 +94,6 @@ class Response:
         self._blocks: Iterator[bytes] | None = None
         self._ahead: bytes | None = None  # the first block, where the call has asked for it
         self._iterator: Iterator[bytes] | None = None
-        self._length: float | None = None
         self._complete = self._closed = False
 
     def begin(self) -> None:
@@ -150,9 +148,10 @@ class Response:
                 self._blocks = iter(())  # whoever asks again does not ask the application
             else:
                 sent += len(block)
-                if self._length is None:
-                    self._length = start.length()
-                self._complete = self._complete or sent >= self._length
+                length = start.known_length
+                if length is None:
+                    length = start.length()
+                self._complete = self._complete or sent >= length
             if self._complete or not start.released:
                 start.proceed(complete=self._complete)
             start.sent = sent

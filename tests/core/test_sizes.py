@@ -12,8 +12,8 @@ import pytest
 from tests.core.test_layout import is_private, sources_of_the_package
 
 # Of code, in all files of the core. The design hoped for 800, but its rules are many: what drivers
-# tell, the truth about a failure, discarded Sessions, the cases of PEP 3333.
-CORE_LINES = 1620
+# tell, the truth about a failure, discarded Sessions, the cases of PEP 3333, released connections.
+CORE_LINES = 1710
 FILE_LINES = 320  # of the core, in all
 FUNCTION_LINES = 45  # without its docstring
 TEST_FILE_LINES = 600

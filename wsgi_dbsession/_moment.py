@@ -8,7 +8,7 @@ start is held until the outcome is known or a block has to be sent.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ._start import HeldStart, body_length
 
@@ -56,7 +56,19 @@ def choose_moment(environ: WSGIEnvironment, status: str, headers: Headers) -> Mo
 class Start(HeldStart):
     """The held start of a response, and the moments of its scope."""
 
-    __slots__ = ("_length", "_moment", "environ", "failure", "is_head", "policy", "scope", "sent")
+    __slots__ = (
+        "_moment",
+        "environ",
+        "failure",
+        "is_head",
+        "known_length",
+        "policy",
+        "scope",
+        "sent",
+    )
+
+    known_length: float | None
+    """What :meth:`length` returns, once it was asked since the last start."""
 
     def __init__(
         self,
@@ -75,7 +87,7 @@ class Start(HeldStart):
         self.is_head = environ.get("REQUEST_METHOD") == "HEAD"
         self.sent = 0  # bytes of the body
         self.failure: BaseException | None = None
-        self._length: float | None = None
+        self.known_length = None
         self._moment: Moment | None = None
 
     def __call__(
@@ -96,7 +108,7 @@ class Start(HeldStart):
                 self.scope.doom()
                 self.failure = AssertionError(msg)
                 raise self.failure
-            self._length = self._moment = None
+            self.known_length = self._moment = None
         self.status = status
         self.headers = headers
         self._exc_info = exc_info
@@ -131,11 +143,11 @@ class Start(HeldStart):
 
         :raises AssertionError: the application has not called ``start_response``.
         """
-        if self._length is None:
+        if self.known_length is None:
             if self.status is None:
                 raise AssertionError(_NO_START)
-            self._length = body_length(self.is_head, self.status, self.headers)
-        return self._length
+            self.known_length = body_length(self.is_head, self.status, self.headers)
+        return self.known_length
 
     def moment(self) -> Moment:
         """Return when the outcome of this response comes.
@@ -153,7 +165,8 @@ class Start(HeldStart):
                 if choice not in MOMENTS:
                     msg = f"commit_on must return one of {MOMENTS}, got {choice!r}"
                     raise ValueError(msg)
-            self._moment = moment = cast("Moment", choice)
+            chosen: Moment = choice
+            self._moment = moment = chosen
         return moment
 
     def proceed(self, *, complete: bool) -> None:
@@ -161,17 +174,16 @@ class Start(HeldStart):
 
         :param complete: whether the body is whole with this block, or exhausted.
         """
-        self.settle_if_due(complete=complete)
+        scope = self.scope
+        if scope.undecided():
+            self._settle_if_due(complete=complete)
         released = self.released
         self.release()
-        if not released:
-            # An outer middleware's start_response may have used a Session.
-            self.settle_if_due(complete=complete)
+        # An outer middleware's start_response may have used a Session.
+        if not released and scope.undecided():
+            self._settle_if_due(complete=complete)
 
-    def settle_if_due(self, *, complete: bool) -> None:
-        """Settle the scope if this is the moment, see :meth:`proceed`."""
-        if not self.scope.undecided():
-            return
+    def _settle_if_due(self, *, complete: bool) -> None:
         moment = self.moment()
         if moment != "close" and (complete or (moment == "headers" and not self.released)):
             try:
@@ -195,16 +207,11 @@ class Start(HeldStart):
 
     def finish(self) -> None:
         """Settle and release a response whose body is finished, and close the scope."""
-        self.proceed(complete=True)
-        self.close()
-
-    def close(self, error: BaseException | None = None, *, complete: bool = True) -> None:
-        """Close the scope, see :meth:`Scope.close`."""
-        try:
-            self.scope.close(error, complete=complete, veto=self.vetoes)
-        except BaseException as failure:
-            self.failure = failure
-            raise
+        if self.scope.undecided():
+            self._settle_if_due(complete=True)
+        self.release()
+        # It settles what an outer middleware's start_response has written.
+        self.scope.close(veto=self.vetoes)
 
     def is_answerable(self) -> bool:
         """Return whether ``commit_error`` can still answer: nothing of the body was sent."""

@@ -78,7 +78,15 @@ def _is_file(result: Iterable[bytes], file_wrapper: Any) -> bool:
 class Response:
     """The body: the iterable that the server gets where application code is left to run."""
 
-    __slots__ = ("_ahead", "_blocks", "_closed", "_complete", "_iterable", "_iterator", "_start")
+    __slots__ = (
+        "_ahead",
+        "_blocks",
+        "_closed",
+        "_complete",
+        "_iterable",
+        "_iterator",
+        "_start",
+    )
 
     def __init__(self, start: Start, iterable: Iterable[bytes]) -> None:
         self._start = start
@@ -86,8 +94,7 @@ class Response:
         self._blocks: Iterator[bytes] | None = None
         self._ahead: bytes | None = None  # the first block, where the call has asked for it
         self._iterator: Iterator[bytes] | None = None
-        self._complete = False
-        self._closed = False
+        self._complete = self._closed = False
 
     def begin(self) -> None:
         """Ask for the first block in the step that is the call of the application.
@@ -141,7 +148,10 @@ class Response:
                 self._blocks = iter(())  # whoever asks again does not ask the application
             else:
                 sent += len(block)
-                self._complete = self._complete or sent >= start.length()
+                length = start.known_length
+                if length is None:
+                    length = start.length()
+                self._complete = self._complete or sent >= length
             if self._complete or not start.released:
                 start.proceed(complete=self._complete)
             start.sent = sent
@@ -174,13 +184,13 @@ class Response:
     def _finish(self, error: BaseException | None = None, *, complete: bool = False) -> None:
         """Close the application's iterable, settle the rest and close the Sessions."""
         self._closed = True
-        iterable, self._iterable, self._blocks = self._iterable, (), iter(())
+        start, iterable = self._start, self._iterable
+        self._iterable, self._blocks = (), iter(())
         try:
             close(iterable)
         except BaseException as failure:
-            if error is not None:
-                self._start.close(error)
-                return
-            self._start.close(failure)
-            raise
-        self._start.close(error, complete=complete)
+            start.scope.close(error or failure)
+            if error is None:
+                raise
+        else:
+            start.scope.close(error, complete=complete, veto=start.vetoes)

@@ -280,6 +280,14 @@ def test_a_row_that_is_locked_is_refused(
             scope.released().__enter__()
 
 
+def test_a_notification_is_no_write(postgres_registry: Registry) -> None:
+    """PostgreSQL gives it no transaction ID before the COMMIT: what the docs warn of."""
+    with session_scope(postgres_registry) as scope:
+        postgres_registry.execute(text("NOTIFY news"))
+        with scope.released():
+            assert_nothing_is_held(postgres_registry)
+
+
 def test_a_failed_transaction_is_refused(postgres_registry: Registry) -> None:
     """It cannot be asked; so the swallowed error still fails the commit."""
     with pytest.raises(PendingRollbackError), session_scope(postgres_registry) as scope:

@@ -109,14 +109,20 @@ class Response:
 
     def __iter__(self) -> Iterator[bytes]:
         start = self._start
+        scope = start.scope
         block, self._ahead = self._ahead, None
         try:
-            if block is None:
-                block = self._next()
             while block is not END:
-                yield block
-                # What is left of a HEAD is never sent, and may be endless.
-                block = END if self._closed or start.is_head else self._next()
+                if block is not None:  # None: the call has not asked for the first
+                    yield block
+                    # What is left of a HEAD is never sent, and may be endless.
+                    if self._closed or start.is_head:
+                        return
+                try:
+                    scope.enter()
+                    block = self._advance()
+                finally:
+                    scope.leave()
         except Exception:
             if not start.is_answerable():
                 raise
@@ -128,14 +134,6 @@ class Response:
         if self._iterator is None:
             self._iterator = iter(self)
         return next(self._iterator)
-
-    def _next(self) -> bytes:
-        scope = self._start.scope
-        try:
-            scope.enter()
-            return self._advance()
-        finally:
-            scope.leave()
 
     def _advance(self) -> bytes:
         """Return the next block, or `END`, after an outcome if this is the moment. In a step."""

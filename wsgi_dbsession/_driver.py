@@ -105,7 +105,7 @@ def is_read_only(source: Connection | Engine) -> bool:
 def has_written(connection: Connection) -> bool | None:
     """Return whether the connection's transaction has written something, None if unknown.
 
-    Only for a moment at which a transaction is about to be discarded: it may cost a round trip.
+    It may cost a round trip, and does not disturb the transaction.
     A subclass of ``Connection`` that shares one transaction with others has a ``has_written()``.
     """
     own = getattr(connection, "has_written", None)
@@ -124,7 +124,10 @@ def has_written(connection: Connection) -> bool | None:
         return bool(driver.in_transaction and driver.total_changes != changes)
     dialect = _dialect(connection)
     with contextlib.suppress(Exception):
-        if "PGDialect" in dialect and not is_aborted(driver):
+        # An older server, and what pretends to be one, has no such function: to ask for it would
+        # abort the transaction.
+        version: Any = connection.dialect.server_version_info
+        if "PGDialect" in dialect and version >= (13,) and not is_aborted(driver):
             return bool(_ask(driver, _POSTGRESQL)[0])
         if "MySQLDialect" in dialect:
             return _has_written_innodb(driver)

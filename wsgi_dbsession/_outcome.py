@@ -54,6 +54,7 @@ class Unit(Observed):
         "_word",
         "context",
         "read_only",
+        "releases",
         "sessions",
     )
 
@@ -84,6 +85,7 @@ class Unit(Observed):
         self._info: dict[str, Any] | None = None
         self._word: Literal["doomed", "kept"] | None = None
         self._hooks: tuple[Hook, ...] = ()
+        self.releases: tuple[Any, ...] = ()  # the released() blocks that are open
         self._discarded: BaseException | None = None
         self._settling = False
 
@@ -144,6 +146,7 @@ class Unit(Observed):
         :raises BaseException: the veto raised or the commit failed.
         """
         failure: BaseException | None = None
+        releases, self.releases = self.releases, ()  # an outcome needs connections
         for again in range(100):
             context = self.own(self.context or copy_context())
             try:
@@ -161,6 +164,7 @@ class Unit(Observed):
                 break  # begun by a listener of each rollback
         else:
             failure = failure or RuntimeError(_ENDLESS)
+        self.releases = releases
         if failure is not None:
             try:
                 raise failure

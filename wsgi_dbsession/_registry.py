@@ -77,6 +77,8 @@ class SessionRegistry(ScopedRegistry[Session]):
         session.dbsession_scope = scope  # type: ignore[attr-defined]
         session.dbsession_pid = os.getpid()  # type: ignore[attr-defined]
         scope.sessions[self] = session
+        if scope.releases:
+            scope.releases[0].guard(session)
         if not scope.in_step:
             # Its step ended in another thread while the Session was being made.
             session.dbsession_scope = None  # type: ignore[attr-defined]

@@ -78,16 +78,7 @@ def _is_file(result: Iterable[bytes], file_wrapper: Any) -> bool:
 class Response:
     """The body: the iterable that the server gets where application code is left to run."""
 
-    __slots__ = (
-        "_ahead",
-        "_blocks",
-        "_closed",
-        "_complete",
-        "_iterable",
-        "_iterator",
-        "_length",
-        "_start",
-    )
+    __slots__ = ("_ahead", "_blocks", "_closed", "_complete", "_iterable", "_iterator", "_start")
 
     def __init__(self, start: Start, iterable: Iterable[bytes]) -> None:
         self._start = start
@@ -95,7 +86,6 @@ class Response:
         self._blocks: Iterator[bytes] | None = None
         self._ahead: bytes | None = None  # the first block, where the call has asked for it
         self._iterator: Iterator[bytes] | None = None
-        self._length: float | None = None
         self._complete = self._closed = False
 
     def begin(self) -> None:
@@ -148,9 +138,7 @@ class Response:
                 self._blocks = iter(())  # whoever asks again does not ask the application
             else:
                 sent += len(block)
-                if self._length is None:
-                    self._length = start.length()
-                self._complete = self._complete or sent >= self._length
+                self._complete = self._complete or sent >= start.length()
             if self._complete or not start.released:
                 start.proceed(complete=self._complete)
             start.sent = sent

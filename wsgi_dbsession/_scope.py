@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 from ._hooks import Hook, open_savepoints
 from ._outcome import Unit
 from ._place import calling_line
+from ._released import Released
 from ._report import log
 from ._step import active_step, active_steps
 from ._transaction import has_written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from sqlalchemy.orm import Session, SessionTransaction
 
@@ -158,6 +160,30 @@ class Scope(Unit):
     def drop_hooks(self, savepoint: SessionTransaction) -> None:
         """Forget the hooks that were registered inside of a savepoint."""
         self._hooks = tuple(each for each in self._hooks if savepoint not in each.savepoints)
+
+    def released(self) -> AbstractContextManager[None]:
+        """Give the connections back to the pool for the length of a block: around a slow call.
+
+        ::
+
+            order = Session.get(Order, 7)
+            with current_scope().released():
+                answer = requests.post(...)  # no connection, no open transaction
+            order.answer = answer  # a new transaction, committed with the response
+
+        Objects stay attached to their Sessions, and do not expire. A statement in the block
+        raises; an attribute may be set, and is flushed afterwards. An independent
+        ``with session_scope(Session):`` works in the block.
+
+        The transactions end, and what follows the block runs in new ones: locks are gone, and the
+        snapshot of REPEATABLE READ and SERIALIZABLE is another one.
+
+        :return: a context manager. A block within such a block changes nothing.
+        :raises RuntimeError: at the block's begin, and nothing is lost: something was written or
+            is pending, it cannot be known whether something was written, or a Session is in
+            ``with Session.begin():`` or ``begin_nested()``.
+        """
+        return Released(self)
 
     # -- outcome ----------------------------------------------------------------------------------
 

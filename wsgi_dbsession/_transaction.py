@@ -76,8 +76,6 @@ def connections(session: Session) -> list[tuple[Connection, Transaction]]:
         return []
     # The public way, to listen to after_begin, costs each transaction of each request.
     entries: list[tuple[Any, ...]] = list(transaction._connections.values())
-    if len(entries) == 1:
-        return [entries[0][:2]]
     return [entry[:2] for entry in set(entries)]
 
 

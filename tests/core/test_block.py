@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from tests.support.errors import AppError, Kill
+from tests.support.errors import AppError, Kill, raise_kill
 from tests.support.models import Book, Database, Note, make_engine
 from tests.support.wsgi import (
     BODIES,
@@ -19,7 +19,7 @@ from tests.support.wsgi import (
     make_registry,
     open_sessions,
 )
-from wsgi_dbsession import Scope, SessionMiddleware, current_scope, session_scope
+from wsgi_dbsession import Scope, SessionMiddleware, current_scope, find_scope, session_scope
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -299,3 +299,22 @@ def test_what_runs_after_its_call_is_not_decorated(
     """The scope would be over before the work begins, and the message names the mend."""
     with pytest.raises(TypeError, match=rf"{function.__name__}, which runs after .* inside of it"):
         session_scope(sqlite_registry)(function)
+
+
+def test_a_block_that_was_interrupted_as_it_began_can_be_entered_again(
+    sqlite_database: Database,
+    sqlite_registry: scoped_session[Session],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing calls its end, and no scope is left."""
+    block = session_scope(sqlite_registry)
+    with monkeypatch.context() as patch:
+        patch.setattr(Scope, "enter_block", raise_kill)
+        with pytest.raises(Kill):
+            block.__enter__()
+    assert find_scope() is None
+
+    with block:
+        sqlite_registry.add(Note(text="a"))
+
+    assert sqlite_database.notes() == ["a"]

@@ -137,6 +137,7 @@ def test_the_scope_is_found_past_a_block_that_was_collected(
     sqlite_database: Database, sqlite_registry: Registry
 ) -> None:
     """Whatever is active around it: nothing, a block, a request; and further blocks work."""
+    hooked: list[bool] = []
 
     def abandon() -> Scope:
         generator = hold_block(sqlite_registry)
@@ -148,6 +149,7 @@ def test_the_scope_is_found_past_a_block_that_was_collected(
         scope = current_scope()
         assert abandon() is not scope
         assert current_scope() is scope
+        scope.on_commit(lambda: hooked.append(current_scope() is scope))
         with session_scope(sqlite_registry) as inner:
             assert inner.outer is scope
             sqlite_registry.add(Note(text="block"))
@@ -166,6 +168,7 @@ def test_the_scope_is_found_past_a_block_that_was_collected(
         Server().run(app, make_environ())
         assert find_scope() is None
 
+    assert hooked == [True, True]
     assert sqlite_database.notes() == ["block", "block", "request", "request"]
     assert_nothing_left(sqlite_registry)
 
@@ -241,6 +244,26 @@ def test_a_session_that_is_made_too_late_is_refused_and_closed(
     assert len(made) == 1
     assert scope.sessions == {}
     assert_nothing_left(registry)
+
+
+@pytest.mark.promise("threads")
+def test_a_session_that_its_ending_scope_has_closed_is_refused(
+    sqlite_registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scope ends between two lines of the thread that makes the Session, and has seen it."""
+
+    class Ending(dict[Any, Session]):
+        def __setitem__(self, registry: Any, session: Session) -> None:
+            super().__setitem__(registry, session)
+            scope.in_step = False
+            assert scope.close_sessions() is None
+
+    with session_scope(sqlite_registry) as scope:
+        scope.sessions = Ending()
+        with pytest.raises(NoScopeError):
+            sqlite_registry.connection()
+
+    assert_nothing_left(sqlite_registry)
 
 
 @pytest.mark.promise("threads")

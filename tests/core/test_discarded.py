@@ -401,3 +401,16 @@ def test_a_shared_connection_keeps_the_account_of_who_began_first() -> None:
         other.scalar(text("SELECT 1"))
         registry.remove()
     engine.dispose()
+
+
+def test_what_was_committed_on_the_connection_itself_is_not_lost(
+    registry: Registry, database: Database
+) -> None:
+    """Behind the Session's back, which still believes in its transaction."""
+    with session_scope(registry) as scope:
+        insert_by_text(registry)
+        registry.connection().commit()
+        registry.remove()
+
+    assert scope.outcome == "commit"
+    assert len(database.notes()) == 1

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import text
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
+
+    from tests.support.models import Database
 
 # What runs in one process, for it takes its time to start.
 SCENES = {
@@ -133,3 +136,19 @@ def test_the_threads_of_a_child_do_not_meet(seen: dict[str, Any]) -> None:
     assert len(children) == 2
     assert parent not in children
     assert rows == 4
+
+
+def test_a_connection_that_another_process_has_opened_is_replaced(
+    sqlite_database: Database,
+) -> None:
+    """Outside of any scope, in a child of which no handler has heard."""
+    with sqlite_database.engine.connect() as connection:
+        parents = connection.connection.dbapi_connection
+        connection.info["wsgi_dbsession.pid"] = -1
+
+    with sqlite_database.engine.connect() as connection:
+        assert connection.connection.dbapi_connection is not parents
+        assert connection.scalar(text("SELECT 1")) == 1
+
+    assert parents is not None
+    parents.close()

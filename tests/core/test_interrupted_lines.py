@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 import wsgi_dbsession
 from tests.support.errors import AppError
@@ -128,6 +128,17 @@ def make_error(registry: Registry) -> Callable[[], object]:
     return lambda: Server().run(wrapped, make_environ())
 
 
+def make_released(registry: Registry) -> Callable[[], object]:
+    def early() -> None:
+        registry.scalar(text("SELECT 1"))
+        with current_scope().released():
+            pass
+        flush_note(registry, "a")
+
+    wrapped = SessionMiddleware(BODIES["list body"](Program(early)), registry)
+    return lambda: Server().run(wrapped, make_environ())
+
+
 SCENES: dict[str, tuple[Callable[[Registry], Callable[[], object]], set[str]]] = {
     "a list": (make_list, set()),
     "a generator": (make_generator, set()),
@@ -135,6 +146,7 @@ SCENES: dict[str, tuple[Callable[[Registry], Callable[[], object]], set[str]]] =
     "a block in a generator": (make_block_in_generator, REMAINING),
     "a hook": (make_hook, set()),
     "an error": (make_error, set()),
+    "a released block": (make_released, set()),
 }
 
 

@@ -21,6 +21,7 @@ FLOORS = {
     "_hooks": 1,
     "_transaction": 1,
     "_observed": 2,
+    "_released": 2,
     "_outcome": 3,
     "_scope": 4,
     "_moment": 5,

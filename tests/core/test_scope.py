@@ -8,7 +8,14 @@ import pytest
 
 from tests.support.models import Database, Note
 from tests.support.wsgi import BODIES, Program, Server, make_environ
-from wsgi_dbsession import NoScopeError, Scope, SessionMiddleware, current_scope, session_scope
+from wsgi_dbsession import (
+    NoScopeError,
+    Scope,
+    SessionMiddleware,
+    current_scope,
+    find_scope,
+    session_scope,
+)
 from wsgi_dbsession._scope import scopes
 
 if TYPE_CHECKING:
@@ -91,3 +98,11 @@ def test_the_scopes_are_found_from_the_innermost(
         assert list(scopes()) == [inner, outer]
 
     assert list(scopes()) == []
+
+
+def test_a_step_that_never_began_ends_nothing(sqlite_registry: scoped_session[Session]) -> None:
+    """An interruption came between the call and its first line."""
+    with session_scope(sqlite_registry) as scope:
+        Scope(None).leave()
+
+        assert find_scope() is scope

@@ -11,9 +11,9 @@ import pytest
 
 from tests.core.test_layout import is_private, sources_of_the_package
 
-# Of code, in all files of the core. The design hoped for 800. Each rule has one place, but many
-# are needed: what drivers report, the truth about a failure, discarded Sessions, PEP 3333's cases.
-CORE_LINES = 1620
+# Of code, in all files of the core. The design hoped for 800, but its rules are many: what drivers
+# tell, the truth about a failure, discarded Sessions, PEP 3333's cases, released connections.
+CORE_LINES = 1710
 FILE_LINES = 320  # of the package, in all
 FUNCTION_LINES = 45  # without its docstring
 TEST_FILE_LINES = 600

@@ -263,6 +263,22 @@ def test_a_discarded_write_to_mariadb_is_refused(
     assert numbers(accounts) == [0, 0, 0]
 
 
+def test_a_discarded_write_to_mariadb_is_refused_among_others(accounts: Engine) -> None:
+    """InnoDB lists the youngest transaction first."""
+    registry = make_registry(accounts)
+
+    with accounts.connect() as older, accounts.connect() as younger:
+        older.execute(count_up(2))
+        with pytest.raises(RuntimeError, match="is lost"), session_scope(registry):
+            registry.execute(count_up(1))
+            younger.execute(count_up(3))
+            registry.remove()
+        older.rollback()
+        younger.rollback()
+
+    assert numbers(accounts) == [0, 0, 0]
+
+
 def test_a_read_from_mariadb_may_be_discarded(
     accounts: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -371,3 +387,21 @@ def test_a_registry_that_another_middleware_was_given_shares_the_outcome(
         other.add(Note(text="kept"))
 
     assert sqlite_database.notes() == ["kept"]
+
+
+def test_a_transaction_that_could_not_begin_has_lost_nothing(
+    sqlite_database: Database,
+) -> None:
+    """``BEGIN IMMEDIATE`` waits for who else writes, and the application may try again."""
+    engine = create_engine(sqlite_database.url, connect_args={"timeout": 0})
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    registry = make_registry(engine)
+
+    with session_scope(registry) as scope:
+        with engine.begin(), pytest.raises(OperationalError, match="locked"):
+            registry.connection()
+        registry.add(Note(text="a"))
+
+    assert scope.outcome == "commit"
+    assert sqlite_database.notes() == ["a"]
+    engine.dispose()

@@ -174,6 +174,8 @@ class Requests(RuleBasedStateMachine):
                 self.databases.clear()
             else:
                 self.databases.dispose()
+            # What Hypothesis remembers of each program would be looked at in each of the next.
+            gc.freeze()
 
 
 def scope_in_context() -> object:

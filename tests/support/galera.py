@@ -65,8 +65,10 @@ class MariaDBServer:
         self.group, self.incremental, self.snapshot = (free_port() for _ in range(3))
         self._replicates = replicates
         program = require("mariadbd", "mariadb-server")
+        temporary = _temporary(place, name)
         command: list[Argument] = [
             *(program, "--no-defaults", f"--datadir={self.data}", f"--port={self.port}"),
+            f"--tmpdir={temporary}",
             *(f"--socket={place / name}.sock", f"--pid-file={place / name}.pid"),
             *OPTIONS,
             *(self._replication() if replicates else []),
@@ -236,10 +238,18 @@ def _install(place: Path, data: Path) -> None:
         [
             *(require("mariadb-install-db", "mariadb-server"), "--no-defaults"),
             *(f"--datadir={data}", "--auth-root-authentication-method=normal", "--skip-test-db"),
-            "--innodb-log-file-size=16M",
+            *("--innodb-log-file-size=16M", f"--tmpdir={_temporary(place, 'install')}"),
         ],
         place,
     )
+
+
+def _temporary(place: Path, name: str) -> Path:
+    """Make a folder for temporary tables: a server that starts deletes those that it finds."""
+    folder = place / f"{name}.tmp"
+    folder.mkdir(exist_ok=True)
+    _give_away(folder, place)
+    return folder
 
 
 def _give_away(data: Path, place: Path) -> None:

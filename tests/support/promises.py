@@ -68,6 +68,7 @@ PROMISES: dict[str, dict[str, str]] = {
         "in-process requests": "A request made inside of a request has a scope of its own.",
         "not expired": "The commit that ends a scope does not expire objects.",
         "blocks": "session_scope is a unit of work of its own, also inside of another.",
+        "released": "In released() no connection is held, and nothing that was written is lost.",
     },
     "Nothing is left behind": {
         "cleanup": "Sessions are removed and connections returned, whatever raises.",

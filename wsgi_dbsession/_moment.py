@@ -56,19 +56,7 @@ def choose_moment(environ: WSGIEnvironment, status: str, headers: Headers) -> Mo
 class Start(HeldStart):
     """The held start of a response, and the moments of its scope."""
 
-    __slots__ = (
-        "_moment",
-        "environ",
-        "failure",
-        "is_head",
-        "known_length",
-        "policy",
-        "scope",
-        "sent",
-    )
-
-    known_length: float | None
-    """What :meth:`length` returns, once it was asked since the last start."""
+    __slots__ = ("_length", "_moment", "environ", "failure", "is_head", "policy", "scope", "sent")
 
     def __init__(
         self,
@@ -87,7 +75,7 @@ class Start(HeldStart):
         self.is_head = environ.get("REQUEST_METHOD") == "HEAD"
         self.sent = 0  # bytes of the body
         self.failure: BaseException | None = None
-        self.known_length = None
+        self._length: float | None = None
         self._moment: Moment | None = None
 
     def __call__(
@@ -108,7 +96,7 @@ class Start(HeldStart):
                 self.scope.doom()
                 self.failure = AssertionError(msg)
                 raise self.failure
-            self.known_length = self._moment = None
+            self._length = self._moment = None
         self.status = status
         self.headers = headers
         self._exc_info = exc_info
@@ -143,11 +131,11 @@ class Start(HeldStart):
 
         :raises AssertionError: the application has not called ``start_response``.
         """
-        if self.known_length is None:
+        if self._length is None:
             if self.status is None:
                 raise AssertionError(_NO_START)
-            self.known_length = body_length(self.is_head, self.status, self.headers)
-        return self.known_length
+            self._length = body_length(self.is_head, self.status, self.headers)
+        return self._length
 
     def moment(self) -> Moment:
         """Return when the outcome of this response comes.

@@ -78,15 +78,7 @@ def _is_file(result: Iterable[bytes], file_wrapper: Any) -> bool:
 class Response:
     """The body: the iterable that the server gets where application code is left to run."""
 
-    __slots__ = (
-        "_ahead",
-        "_blocks",
-        "_closed",
-        "_complete",
-        "_iterable",
-        "_iterator",
-        "_start",
-    )
+    __slots__ = ("_ahead", "_blocks", "_closed", "_complete", "_iterable", "_iterator", "_start")
 
     def __init__(self, start: Start, iterable: Iterable[bytes]) -> None:
         self._start = start
@@ -107,14 +99,20 @@ class Response:
 
     def __iter__(self) -> Iterator[bytes]:
         start = self._start
+        scope = start.scope
         block, self._ahead = self._ahead, None
         try:
-            if block is None:
-                block = self._next()
             while block is not END:
-                yield block
-                # What is left of a HEAD is never sent, and may be endless.
-                block = END if self._closed or start.is_head else self._next()
+                if block is not None:  # None: the call has not asked for the first
+                    yield block
+                    # What is left of a HEAD is never sent, and may be endless.
+                    if self._closed or start.is_head:
+                        return
+                try:
+                    scope.enter()
+                    block = self._advance()
+                finally:
+                    scope.leave()
         except Exception:
             if not start.is_answerable():
                 raise
@@ -126,14 +124,6 @@ class Response:
         if self._iterator is None:
             self._iterator = iter(self)
         return next(self._iterator)
-
-    def _next(self) -> bytes:
-        scope = self._start.scope
-        try:
-            scope.enter()
-            return self._advance()
-        finally:
-            scope.leave()
 
     def _advance(self) -> bytes:
         """Return the next block, or `END`, after an outcome if this is the moment. In a step."""
@@ -148,10 +138,7 @@ class Response:
                 self._blocks = iter(())  # whoever asks again does not ask the application
             else:
                 sent += len(block)
-                length = start.known_length
-                if length is None:
-                    length = start.length()
-                self._complete = self._complete or sent >= length
+                self._complete = self._complete or sent >= start.length()
             if self._complete or not start.released:
                 start.proceed(complete=self._complete)
             start.sent = sent

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import children, editions, instructions, report
 from benchmarks.applications.common import OURS, make_engine
 from benchmarks.applications.every import make_application
-from benchmarks.instructions import FURTHER_BLOCK, ROWS
+from benchmarks.instructions import FURTHER_BLOCK, ROWS, WATCHED_ROWS
 from benchmarks.scale import WAITING
 from benchmarks.timing import serve
 
@@ -21,10 +21,11 @@ WAITING_BYTES = "bytes of a request that waits, no Session used"
 BARS = {
     **{row.name: row.bar for row in ROWS[:3]},
     FURTHER_BLOCK.name: FURTHER_BLOCK.bar,
-    **{row.name: row.bar for row in ROWS[3:]},
+    **{row.name: row.bar for row in (*ROWS[3:], *WATCHED_ROWS)},
     CYCLES: 0,
     WAITING_BYTES: 1750,
 }
+PERCENT = {row.name for row in WATCHED_ROWS}
 PATHS = ("/", "/sized", "/select", "/insert")
 
 
@@ -65,6 +66,10 @@ def render(results: dict[str, Any], directory: Path) -> str:
         first = found.get(editions.FIRST, {}).get(name)
         instructions_are_counted = name not in (CYCLES, WAITING_BYTES)
         shown = "{:+.1f}" if instructions_are_counted else "{:,.0f}"
+        most = f"{bar:,}"
+        if name in PERCENT and name in base:
+            percent, bar = bar, bar * base[name] / 100
+            most = f"{percent} %: {bar:.1f}"
         kept = "not measured" if this is None else "yes" if this <= bar else "**no**"
         rows.append(
             [
@@ -72,7 +77,7 @@ def render(results: dict[str, Any], directory: Path) -> str:
                 f"{base[name]:.1f}" if name in base else "",
                 "" if first is None else shown.format(first),
                 "" if this is None else shown.format(this),
-                f"{bar:,}",
+                most,
                 kept,
             ]
         )
@@ -83,7 +88,8 @@ def render(results: dict[str, Any], directory: Path) -> str:
             Sessions, or more than a hand-written `with Session.begin():` where it uses one,
             counted by `valgrind --tool=callgrind` with SQLite in memory while the garbage
             collector is off. Instructions are not time, but they do not depend on what else the
-            machine does. The first edition is the package at commit
+            machine does. What is watched, by `wsgi_dbsession.watch` with `warn_after`, is compared
+            with the same that is not. The first edition is the package at commit
             `{editions.FIRST_COMMIT}`, measured in the same run.
         """),
     ]

@@ -7,6 +7,7 @@ for each count, so that only one start of the interpreter is paid for.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sqlalchemy.orm import configure_mappers
 
 from benchmarks import editions
-from benchmarks.applications.common import BLOCKS, BY_HAND, NONE, OURS, make_engine
+from benchmarks.applications.common import BLOCKS, BY_HAND, NONE, OURS, WATCHED, make_engine
 from benchmarks.applications.every import make_application
 from benchmarks.timing import fetch, serve
 
@@ -40,6 +41,7 @@ class Row(NamedTuple):
     path: str
     base: str
     bar: float  # thousand instructions more than the base, at most
+    peer: str = OURS
 
 
 class Count(NamedTuple):
@@ -61,6 +63,11 @@ ROWS = (
     Row("INSERT, list", "bare WSGI", "/insert", BY_HAND, 0),
     Row("SELECT, Flask", "Flask", "/select", BY_HAND, 15),
     Row("INSERT, Flask", "Flask", "/insert", BY_HAND, 15),
+)
+# Here the bar is a share of the base, in percent.
+WATCHED_ROWS = (
+    Row("SELECT, list, watched", "bare WSGI", "/select", OURS, 5, WATCHED),
+    Row("SELECT, Flask, watched", "Flask", "/select", OURS, 5, WATCHED),
 )
 FURTHER_BLOCK = Row("a further block of a stream", "bare WSGI", "/stream", NONE, 5)
 _ONE_BLOCK = Row("", "bare WSGI", "/stream-of-one", NONE, 0)
@@ -114,7 +121,12 @@ def _run(valgrind: str, package: Path, framework: str, *, quick: bool) -> dict[s
             path, peer, less, more = line.split("\t")
             difference = _total(directory, more) - _total(directory, less)
             totals[path, peer] = difference / REQUESTS / 1000
-    rows = [row for row in ROWS if row.framework == framework and (row.path, row.base) in totals]
+    rows = [
+        row
+        for row in (*ROWS, *WATCHED_ROWS)
+        # The first edition has no watch.
+        if row.framework == framework and {(row.path, row.base), (row.path, row.peer)} <= {*totals}
+    ]
     found = {row.name: _count(totals, row) for row in rows}
     if (FURTHER_BLOCK.path, NONE) in totals:
         one, all_ = _count(totals, _ONE_BLOCK), _count(totals, FURTHER_BLOCK)
@@ -125,7 +137,7 @@ def _run(valgrind: str, package: Path, framework: str, *, quick: bool) -> dict[s
 
 
 def _count(totals: Mapping[tuple[str, str], float], row: Row) -> Count:
-    return Count(totals[row.path, row.base], totals[row.path, OURS])
+    return Count(totals[row.path, row.base], totals[row.path, row.peer])
 
 
 def _total(directory: str, pid: str) -> int:
@@ -140,7 +152,9 @@ def count(rows: Iterable[Row]) -> None:
     """Print which two processes' counts have to be subtracted from each other."""
     configure_mappers()
     for row in rows:
-        for peer in (row.base, OURS):
+        if row.peer == WATCHED and importlib.util.find_spec("wsgi_dbsession.watch") is None:
+            continue
+        for peer in (row.base, row.peer):
             pids = [_in_child(row.framework, peer, row.path, many) for many in (0, REQUESTS)]
             print(row.path, peer, *pids, sep="\t", flush=True)
 
@@ -167,7 +181,8 @@ def _in_child(framework: str, peer: str, path: str, requests: int) -> int:
 
 
 def main(framework: str, *, quick: bool) -> None:
-    rows = [row for row in (*ROWS, FURTHER_BLOCK, _ONE_BLOCK) if row.framework == framework]
+    every = (*ROWS, *WATCHED_ROWS, FURTHER_BLOCK, _ONE_BLOCK)
+    rows = [row for row in every if row.framework == framework]
     count(rows[:1] if quick else rows)
 
 

@@ -21,6 +21,7 @@ from benchmarks.applications.common import (
     endless,
     our_registry,
     plain,
+    watched,
     zope_registry,
 )
 from wsgi_dbsession import SessionMiddleware
@@ -177,6 +178,13 @@ def bare_repoze_tm(engine: Engine) -> WSGIApplication:
 def bare_ours(engine: Engine) -> WSGIApplication:
     registry = our_registry(engine)
     return SessionMiddleware(bare_application(plain(registry)), registry)
+
+
+def bare_watched(engine: Engine) -> WSGIApplication:
+    registry = our_registry(engine)
+    application = SessionMiddleware(bare_application(plain(registry)), registry)
+    board: WSGIApplication = watched(application, registry)
+    return board
 
 
 def bare_ours_on_headers(engine: Engine) -> WSGIApplication:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import zope.sqlalchemy
@@ -14,10 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import TypeAlias
 
+    from _typeshed.wsgi import WSGIApplication
     from sqlalchemy import Engine
 
 OURS = "wsgi_dbsession"
 NONE = "no Session"
+WATCHED = f"{OURS}, watched"
 BY_HAND = "with Session.begin()"
 THREAD_LOCAL = "thread-local registry"
 
@@ -121,6 +124,13 @@ def plain(registry: Any) -> Run:
 
 def our_registry(engine: Engine) -> Any:
     return scoped_session(sessionmaker(engine), scopefunc=current_scope)
+
+
+def watched(app: WSGIApplication, registry: Any) -> Any:
+    """Watch the connections of an application that has our middleware."""
+    # The first edition, which is measured by these files too, has none.
+    watch: Any = importlib.import_module("wsgi_dbsession.watch")
+    return watch.Watch(registry, warn_after=60).board(app)
 
 
 def zope_registry(engine: Engine) -> Any:

@@ -12,6 +12,7 @@ from benchmarks.applications.bare import (
     bare_ours_on_headers,
     bare_repoze_tm,
     bare_thread_local,
+    bare_watched,
 )
 from benchmarks.applications.bottle import (
     bottle_by_hand,
@@ -19,7 +20,14 @@ from benchmarks.applications.bottle import (
     bottle_ours,
     bottle_sqlalchemy_0,
 )
-from benchmarks.applications.common import BY_HAND, NONE, OURS, THREAD_LOCAL, make_engine
+from benchmarks.applications.common import (
+    BY_HAND,
+    NONE,
+    OURS,
+    THREAD_LOCAL,
+    WATCHED,
+    make_engine,
+)
 from benchmarks.applications.falcon import falcon_by_hand, falcon_none, falcon_ours, falcon_sqla_0
 from benchmarks.applications.flask import (
     flask_by_hand,
@@ -28,6 +36,7 @@ from benchmarks.applications.flask import (
     flask_sqlalchemy_3,
     flask_sqlalchemy_lite_0,
     flask_thread_local,
+    flask_watched,
 )
 from benchmarks.applications.pyramid import (
     pyramid_by_hand,
@@ -81,7 +90,11 @@ APPLICATIONS: dict[str, dict[str, Callable[[Engine], WSGIApplication]]] = {
 
 # Only where connections are held: what one chooses for long streams.
 STREAMING = f'{OURS}, commit_on="headers"'
-VARIANTS = {"bare WSGI": {STREAMING: bare_ours_on_headers}}
+# And only where instructions are counted, what a watch adds.
+VARIANTS = {
+    "bare WSGI": {STREAMING: bare_ours_on_headers, WATCHED: bare_watched},
+    "Flask": {WATCHED: flask_watched},
+}
 
 
 def make_application(framework: str, peer: str, engine: Engine) -> WSGIApplication:

@@ -24,6 +24,7 @@ from benchmarks.applications.common import (
     engine_options,
     our_registry,
     plain,
+    watched,
 )
 from wsgi_dbsession import SessionMiddleware
 
@@ -120,4 +121,13 @@ def flask_ours(engine: Engine) -> WSGIApplication:
     registry = our_registry(engine)
     app = flask_application(plain(registry))
     app.wsgi_app = SessionMiddleware(app.wsgi_app, registry)  # type: ignore[method-assign]
+    return app
+
+
+def flask_watched(engine: Engine) -> WSGIApplication:
+    registry = our_registry(engine)
+    app = flask_application(plain(registry))
+    app.wsgi_app = watched(  # type: ignore[method-assign]
+        SessionMiddleware(app.wsgi_app, registry), registry
+    )
     return app

@@ -64,6 +64,18 @@ FLOORS = {
     "replica._routing": 8,
     "replica._commit": 9,
     "replica._replicas": 10,
+    "watch._here": 8,
+    "watch._line": 8,
+    "watch._page": 8,
+    "watch._records": 8,
+    "watch._statement": 8,
+    "watch._board": 9,
+    "watch._holder": 9,
+    "watch._show": 10,
+    "watch._guard": 11,
+    "watch._account": 12,
+    "watch._pool": 13,
+    "watch._watch": 14,
 }
 # Known to type checkers without being installed.
 TYPING_ONLY = {"_typeshed", "typing_extensions"}

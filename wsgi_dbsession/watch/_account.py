@@ -1,0 +1,176 @@
+"""The account of a process: who holds a connection, who waits, and what has ended.
+
+Connections are returned anywhere, in the midst of a garbage collection too, so what is done then
+takes no lock: to add to a dictionary and to remove from it needs none.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from datetime import datetime, timezone
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from wsgi_dbsession._report import add_note, log
+from wsgi_dbsession._scope import find_scope
+
+from ._here import find_here, thread_frames
+from ._holder import Hold, Spot, Work
+from ._line import LineFinder, show_line
+from ._show import describe
+from ._statement import Reads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import exc
+    from sqlalchemy.pool import PoolProxiedConnection
+
+    from wsgi_dbsession._scope import Scope
+
+    from ._guard import Guard
+    from ._here import Here
+    from ._holder import AnyPool
+    from ._line import Line
+    from ._records import Ended, Place
+
+_LAST = 100  # how many ended scopes are kept
+_MOST_SPOTS = 500
+_MOST_NAMED = 50  # holders in one error
+
+
+class Account:
+    """What a watch knows, in this process.
+
+    :param key: its own in a scope's ``info``.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.callbacks: tuple[Callable[[Ended], object], ...] = ()
+        self.guard: Guard | None = None
+        self.holds: dict[int, Hold] = {}  # by the driver's connection
+        self.backends: dict[int, int | None] = {}  # likewise
+        self.waiting: set[Hold] = set()
+        self.reads = Reads()
+        self.last: deque[Work] = deque(maxlen=_LAST)
+        self.spots: dict[Line | None, Spot] = {}
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew, as a process that has just started."""
+        self.pid = os.getpid()
+        self.started = datetime.now(timezone.utc)
+        self.lock = threading.Lock()
+        self.retries = 0
+        self._find_line = LineFinder().find
+        self._here: Callable[[], Here] | None = None
+        # Who tells about connections knows these objects.
+        for each in (self.holds, self.backends, self.waiting, self.last, self.spots):
+            each.clear()
+        if self.guard is not None:
+            self.guard.renew()
+
+    def of_this_process(self) -> Account:
+        """Return it, begun anew if a fork ran no handlers of Python, as uWSGI's."""
+        if self.pid != os.getpid():
+            self.renew()
+        return self
+
+    def held(self) -> list[Hold]:
+        """Return who holds a connection, the longest first."""
+        return sorted(self.holds.copy().values(), key=lambda hold: hold.since)
+
+    # -- connections ------------------------------------------------------------------------------
+
+    def asked(self, pool: AnyPool) -> Hold:
+        """Open the account of a connection that is asked for."""
+        line = self._find_line()
+        scope = find_scope()
+        work: Work | None = None
+        if scope is not None:
+            info = scope.info
+            if self.key in info:
+                work = info[self.key]
+            else:
+                work = info[self.key] = Work(scope, line)
+        here = self._here
+        if here is None:
+            here = self._here = find_here()
+        return Hold(pool, work, line, here())
+
+    def got(self, hold: Hold, connection: PoolProxiedConnection) -> None:
+        """Count from here on: the connection is there."""
+        key = id(connection.dbapi_connection)
+        if key in self.holds:
+            other = self.holds[key]
+            if other.here == hold.here:
+                return  # SingletonThreadPool: the thread gets again what it holds
+            other.end()  # StaticPool: one connection for all, here is its last user
+        hold.start()
+        self.holds[key] = hold
+        if self.guard is not None:
+            self.guard.wake()
+
+    def timed_out(self, hold: Hold, error: exc.TimeoutError) -> None:
+        """Name the holders in the error, and in the log."""
+        now, waited = monotonic(), hold.give_up()
+        holders = [each for each in self.held() if each.pool is hold.pool]
+        frames = thread_frames()
+        named = [describe(each, now, frames) for each in holders[:_MOST_NAMED]]
+        if len(holders) > _MOST_NAMED:
+            named.append(f"and {len(holders) - _MOST_NAMED} more")
+        if not named:
+            named = ["unknown holders: they got it before the watch began"]
+        add_note(error, "\n  ".join([f"The connections of {hold.pool.name} are held by", *named]))
+        name, line = hold.names().name, show_line(hold.line)
+        log.error(
+            "pool exhausted: %s waited %.1f s for %s at %s; held by %s",
+            name,
+            waited,
+            hold.pool.name,
+            line,
+            "; ".join(named),
+            extra={"scope": name, "line": line, "holders": named},
+        )
+
+    # -- scopes -----------------------------------------------------------------------------------
+
+    def closed(self, scope: Scope) -> None:
+        """Close the account of a scope, if it has one."""
+        work: Work | None = scope.info.pop(self.key, None)
+        if work is None:
+            return
+        work.end(scope)
+        with self.lock:
+            self.last.append(work)
+            self.retries += work.attempt > 1
+            if work.line in self.spots:
+                self.spots[work.line].add(work)
+            else:
+                if len(self.spots) >= _MOST_SPOTS:
+                    del self.spots[min(self.spots.items(), key=_longest)[0]]
+                self.spots[work.line] = Spot(work)
+        for callback in self.callbacks:
+            try:
+                callback(work.show())
+            except Exception:
+                log.exception("on_end callback failed: %r", callback)
+
+    def show_ended(self) -> list[Ended]:
+        """Return the last scopes, the last one first."""
+        with self.lock:
+            works = list(self.last)
+        return [work.show() for work in reversed(works)]
+
+    def show_places(self) -> list[Place]:
+        """Return the lines that scopes first asked at, the one with the longest time first."""
+        with self.lock:
+            spots = sorted(self.spots.values(), key=lambda spot: -spot.longest.held)
+        return [spot.show() for spot in spots]
+
+
+def _longest(item: tuple[Any, Spot]) -> float:
+    return item[1].longest.held

@@ -1,0 +1,149 @@
+"""The board: one page around a WSGI application, and the same as JSON."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from ._page import PAGE, POLICY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+# With these, a proxy tells that the client is another one.
+_FORWARDED = (
+    "HTTP_FORWARDED",
+    "HTTP_VIA",
+    "HTTP_X_FORWARDED_FOR",
+    "HTTP_X_FORWARDED_HOST",
+    "HTTP_X_FORWARDED_PROTO",
+    "HTTP_X_REAL_IP",
+)
+_HEADERS = [
+    ("Cache-Control", "no-store"),
+    ("Content-Security-Policy", POLICY),
+    ("Referrer-Policy", "no-referrer"),
+    ("Vary", "Accept"),
+    ("X-Content-Type-Options", "nosniff"),
+]
+_JSON = "application/json"
+
+
+def allow_loopback(environ: WSGIEnvironment) -> bool:
+    """Return whether a request comes from this machine, and through no proxy.
+
+    To the application, all clients of a proxy on the same machine come from there. So a request
+    with a header of a proxy is refused, and one whose Host is not this machine's, which also
+    keeps out a page of another site whose name was made to point here. A proxy that adds no header
+    and replaces Host cannot be told from a local client: keep the board's path out of it.
+
+    :param environ: the request's environ.
+    """
+    return (
+        not any(name in environ for name in _FORWARDED)
+        and _is_loopback(str(environ.get("REMOTE_ADDR", "")))
+        and _is_loopback(_host(str(environ.get("HTTP_HOST", ""))))
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)  # ::ffff:127.0.0.1
+    return (mapped or address).is_loopback
+
+
+def _host(header: str) -> str:
+    name, bracket, _ = header.lower().removeprefix("[").partition("]")
+    return name if bracket else header.lower().partition(":")[0]
+
+
+class Board:
+    """A page around an application, see :meth:`Watch.board`.
+
+    :param app: the application.
+    :param path: the page's.
+    :param allow: called with environ, returns whether to answer.
+    :param report: returns what is shown.
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        path: str,
+        allow: Callable[[WSGIEnvironment], bool],
+        report: Callable[[], dict[str, Any]],
+    ) -> None:
+        for name, value in (("app", app), ("allow", allow)):
+            if not callable(value):
+                msg = f"{name} must be callable, got {value!r}"
+                raise TypeError(msg)
+        if not path.startswith("/"):
+            msg = f"path must begin with a slash, got {path!r}"
+            raise ValueError(msg)
+        self.app = app
+        self._path = path
+        self._allow = allow
+        self._report = report
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer, or pass the request on."""
+        if environ.get("PATH_INFO") != self._path:
+            return self.app(environ, start_response)
+        status, kind, body = self._answer(environ)
+        headers = [("Content-Type", kind), ("Content-Length", str(len(body))), *_HEADERS]
+        if status.startswith("405"):
+            headers.append(("Allow", "GET, HEAD"))
+        start_response(status, headers)
+        return [b"" if environ.get("REQUEST_METHOD") == "HEAD" else body]
+
+    def _answer(self, environ: WSGIEnvironment) -> tuple[str, str, bytes]:
+        text = "text/plain; charset=utf-8"
+        if not self._allow(environ):
+            return "404 Not Found", text, b"Not Found\n"
+        if environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
+            return "405 Method Not Allowed", text, b"Method Not Allowed\n"
+        if wants_json(str(environ.get("HTTP_ACCEPT", ""))):
+            return "200 OK", _JSON, json.dumps(self._report(), default=_plain).encode()
+        return "200 OK", "text/html; charset=utf-8", PAGE
+
+
+def wants_json(accept: str) -> bool:
+    """Return whether a client prefers JSON to HTML, see "Accept" in RFC 9110."""
+    return _quality(accept, _JSON) > _quality(accept, "text/html")
+
+
+def _quality(accept: str, kind: str) -> tuple[float, int]:
+    """Return how much a client wants a kind, and how precisely it named it."""
+    ranges = (kind, f"{kind.partition('/')[0]}/*", "*/*")
+    best = (-len(ranges), 0.0)
+    for part in accept.lower().split(","):
+        name, *parameters = (each.strip() for each in part.split(";"))
+        if name in ranges:
+            quality = 1.0
+            for parameter in parameters:
+                if parameter.startswith("q="):
+                    try:
+                        quality = float(parameter[2:])
+                    except ValueError:
+                        quality = 0.0
+            best = max(best, (-ranges.index(name), quality))
+    precision, quality = best
+    return (quality, precision) if quality else (0.0, 0)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    assert is_dataclass(value)
+    assert not isinstance(value, type)
+    return asdict(value)

@@ -1,0 +1,234 @@
+"""The watch: one object that knows who holds, who waits, and what has ended."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import threading
+import weakref
+from datetime import datetime, timezone
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import event
+
+from wsgi_dbsession._registry import adopt, observe
+from wsgi_dbsession._scope import Observer
+
+from ._account import Account
+from ._board import Board, allow_loopback
+from ._guard import Guard
+from ._holder import backend_pid
+from ._pool import WatchedPool
+from ._show import show_holders, show_waiting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.orm import Session, SessionTransaction, scoped_session
+
+    from wsgi_dbsession._scope import Scope
+
+    from ._records import Ended, Holder, Place, PoolUse, Waiter
+
+F = TypeVar("F", bound="Callable[[Ended], object]")
+
+_watches: weakref.WeakSet[Watch] = weakref.WeakSet()
+
+
+class Watch(Observer):
+    """Know who holds the connections, who waits for one, and what scopes did with theirs.
+
+    ::
+
+        watch = Watch(Session, warn_after=2.0)
+        app = SessionMiddleware(app, Session, observers=[watch])
+        app = watch.board(app, "/_db")
+
+    From its construction on, it accounts for each connection of the engines to which the
+    registries are bound, and of other engines that their Sessions use, once they have used them.
+    It looks on at each scope whose middleware or block has one of the registries, as
+    :func:`observe` does; `observers` are for a middleware that has none of them.
+    When a pool times out, the :exc:`sqlalchemy.exc.TimeoutError` has a note that names the
+    holders, and so has a line of the log.
+
+    Each process has an account of its own: nothing is shared, and nothing is asked of the
+    database.
+
+    :param registries: the ``scoped_session`` objects whose connections to watch.
+    :param warn_after: log a warning, once per line of the application, when a connection has been
+        held for so many seconds without a statement, or by a stream. None never does.
+    :raises TypeError: see :class:`session_scope`, or ``warn_after`` is not a number.
+    :raises ValueError: see :class:`session_scope`, or ``warn_after`` is not positive.
+    """
+
+    def __init__(self, *registries: scoped_session[Any], warn_after: float | None = None) -> None:
+        _check(warn_after)
+        adopted = adopt(registries)
+        self.warn_after = warn_after
+        self._account = Account(f"wsgi_dbsession.watch {id(self):#x}")
+        self._pools: list[WatchedPool] = []
+        self._lock = threading.Lock()
+        if warn_after is not None:
+            self._account.guard = Guard(warn_after, self._account.held)
+        self._observing = [observe(registry, self) for registry in dict.fromkeys(registries)]
+        self._listeners: list[tuple[type[Session], Callable[..., None]]] = []
+        for registry in adopted:
+            factory: Any = registry.createfunc
+            binds: list[Any] = [factory.kw.get("bind"), *(factory.kw.get("binds") or {}).values()]
+            for bind in binds:
+                if bind is not None:
+                    self._watch_engine(bind.engine)
+            # Other engines: those of get_bind(), or of a later configure().
+            # A function for each: SQLAlchemy 2.0 cannot remove the same one from two classes.
+            listener = partial(self._begun)
+            event.listen(factory.class_, "after_begin", listener)
+            self._listeners.append((factory.class_, listener))
+        _watches.add(self)
+
+    def close(self) -> None:
+        """Stop watching: restore the pools and dialects."""
+        while self._observing:
+            self._observing.pop().__exit__()
+        while self._listeners:
+            kind, listener = self._listeners.pop()
+            event.remove(kind, "after_begin", listener)
+        with self._lock:
+            pools, self._pools = self._pools, []
+        for pool in pools:
+            pool.release()
+        self._account.holds.clear()
+        _watches.discard(self)
+
+    def closed(self, scope: Scope) -> None:
+        """Close the account of a scope."""
+        self._account.closed(scope)
+
+    def _begun(
+        self, session: Session, transaction: SessionTransaction, connection: Connection
+    ) -> None:
+        account, pooled = self._account, connection.connection
+        if id(pooled.dbapi_connection) not in account.holds and not pooled.is_detached:
+            # Its pool was not watched when the connection was asked for.
+            hold = account.asked(self._watch_engine(connection.engine))
+            account.backends[id(pooled.dbapi_connection)] = backend_pid(pooled.dbapi_connection)
+            account.got(hold, pooled)
+
+    def _watch_engine(self, engine: Engine) -> WatchedPool:
+        with self._lock:
+            for watched in self._pools:
+                # It is shared with what Engine.execution_options() returns.
+                if watched.dialect() is engine.dialect:
+                    watched.take(engine.pool)
+                    return watched
+            self._pools = [each for each in self._pools if not each.is_gone()]
+            watched = WatchedPool(engine, self._account)
+            name, names = watched.name, {each.name for each in self._pools}
+            number = 1
+            while watched.name in names:
+                number += 1
+                watched.name = f"{name} #{number}"
+            self._pools.append(watched)
+            return watched
+
+    # -- what it knows ----------------------------------------------------------------------------
+
+    def holders(self) -> list[Holder]:
+        """Return who holds a connection right now, the longest first."""
+        account = self._account.of_this_process()
+        return show_holders(account.holds, account.backends, self.warn_after)
+
+    def waiting(self) -> list[Waiter]:
+        """Return who waits for a connection right now, the longest first."""
+        return show_waiting(self._account.of_this_process().waiting)
+
+    def ended(self) -> list[Ended]:
+        """Return the last scopes that have ended, the last one first.
+
+        Those that used no connection are left out.
+        """
+        return self._account.of_this_process().show_ended()
+
+    def places(self) -> list[Place]:
+        """Return the lines that scopes first asked at, the one with the longest time first."""
+        return self._account.of_this_process().show_places()
+
+    def pools(self) -> list[PoolUse]:
+        """Return the pools, and how much of each is in use."""
+        self._account.of_this_process()
+        with self._lock:
+            uses = [pool.use() for pool in self._pools]
+        return [use for use in uses if use is not None]
+
+    def on_end(self, callback: F) -> F:
+        """Call ``callback(ended)`` for each scope that has ended and used a connection.
+
+        It runs in the thread of the scope; an error in it is logged only.
+
+        :param callback: a callable that takes an :class:`Ended`.
+        :return: the callback, so that this is a decorator too.
+        """
+        self._account.callbacks += (callback,)
+        return callback
+
+    def board(
+        self,
+        app: WSGIApplication,
+        path: str = "/_db",
+        allow: Callable[[WSGIEnvironment], bool] = allow_loopback,
+    ) -> Board:
+        """Put a page around the application that shows all this, and refreshes itself.
+
+        :param app: the WSGI application: outermost, so that it answers even if that does not.
+        :param path: where the page is.
+        :param allow: called with environ, returns whether to answer; others get a 404. The
+            default answers clients on this machine only, see :func:`allow_loopback`.
+        :return: the WSGI application to serve.
+        :raises TypeError: ``app`` or ``allow`` is not callable.
+        :raises ValueError: ``path`` does not begin with a slash.
+        """
+        return Board(app, path, allow, self._report)
+
+    def _report(self) -> dict[str, Any]:
+        account = self._account.of_this_process()
+        return {
+            "pid": account.pid,
+            "host": socket.gethostname(),
+            "started": account.started,
+            "now": datetime.now(timezone.utc),
+            "warn_after": self.warn_after,
+            "retries": account.retries,
+            "pools": self.pools(),
+            "holders": self.holders(),
+            "waiting": self.waiting(),
+            "ended": self.ended(),
+            "places": self.places(),
+        }
+
+    def renew(self) -> None:
+        """Begin anew, in a child process."""
+        self._lock = threading.Lock()
+        self._account.renew()
+
+
+def _check(warn_after: object) -> None:
+    if warn_after is None:
+        return
+    if not isinstance(warn_after, (int, float)) or isinstance(warn_after, bool):
+        msg = f"warn_after must be None or a number of seconds, got {warn_after!r}"
+        raise TypeError(msg)
+    if not 0 < warn_after < math.inf:
+        msg = f"warn_after must be positive, got {warn_after!r}. Pass None to never warn"
+        raise ValueError(msg)
+
+
+def _renew_all() -> None:
+    for watch in list(_watches):
+        watch.renew()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has no fork
+    os.register_at_fork(after_in_child=_renew_all)

@@ -27,6 +27,7 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 from werkzeug.exceptions import HTTPException
 
 from wsgi_dbsession import SessionMiddleware, current_scope
+from wsgi_dbsession.watch import Watch
 
 from .database import Base, Entry, Guest, make_engine
 from .timeline import Recorder
@@ -95,6 +96,13 @@ def stream() -> Response:
     return Response(stream_with_context(lines()))
 
 
+@pages.post("/hold")
+def hold() -> Redirect:
+    Session.scalars(select(Entry)).first()
+    time.sleep(3)  # a call to a slow service, with a connection held
+    return redirect("/#hold", 303)
+
+
 # -- the page, the errors, the application --------------------------------------------------------
 
 
@@ -107,7 +115,8 @@ def page() -> str:
 @pages.app_errorhandler(HTTPException)
 def explain(error: HTTPException) -> tuple[str, int]:
     code = error.code or 500
-    cause = getattr(error, "original_exception", None) or error.description
+    original = getattr(error, "original_exception", None)
+    cause = "\n".join([str(original or error.description), *getattr(original, "__notes__", ())])
     what = f"The guestbook answered {code} {error.name}, so the middleware rolled back."
     return render_template("error.html", title=error.name, what=what, cause=cause), code
 
@@ -129,15 +138,12 @@ def create_app(url: str | None = None) -> Flask:
         return Response(body, 500)(environ, start_response)
 
     middleware = SessionMiddleware(app.wsgi_app, Session, commit_error=sorry)
-    # Your application ends here: `app.wsgi_app = middleware`. The recorder is for the page.
+    # Your application ends here: `app.wsgi_app = middleware`. The rest is for the page.
     recorder = Recorder(middleware, engine)
-    app.wsgi_app = recorder  # type: ignore[method-assign]
-    app.jinja_env.globals.update(happened=recorder.last, source=source, board=BOARD)
+    watch = app.extensions["watch"] = Watch(Session)
+    app.wsgi_app = watch.board(recorder, "/_db")  # type: ignore[assignment,method-assign]
+    app.jinja_env.globals.update(happened=recorder.last, source=source)
     return app
-
-
-BOARD = ""
-"""The path of the board of connections, which the page links to; empty if there is none."""
 
 
 def source(name: str) -> str:

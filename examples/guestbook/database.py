@@ -40,8 +40,8 @@ class Entry(Base):
 
 
 def make_engine(url: str) -> Engine:
-    """Make an engine with five connections."""
-    engine = create_engine(url, pool_pre_ping=True, pool_size=5, max_overflow=0)
+    """Make an engine with five connections; who gets none in two seconds gets an error."""
+    engine = create_engine(url, pool_pre_ping=True, pool_size=5, max_overflow=0, pool_timeout=2)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "do_execute", _wait_for_the_lock)

@@ -29,5 +29,6 @@ def app(guestbook: Any, tmp_path: Path) -> Iterator[Flask]:
     made: Flask = guestbook.create_app(f"sqlite:///{tmp_path / 'guestbook.db'}")
     engine = guestbook.Session.session_factory.kw["bind"]
     yield made
+    made.extensions["watch"].close()
     assert engine.pool.checkedout() == 0
     engine.dispose()

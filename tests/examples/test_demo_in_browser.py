@@ -49,6 +49,7 @@ def test_each_button_shows_what_happened(address: str, width: int, dark: bool) -
             ("crash", "a bug after the INSERT", "ROLLBACK"),
             ("stranger", "the commit failed", "The database refuses"),
             ("discard", "Remove that line", "cannot commit"),
+            ("hold", "POST /hold, held for", "500"),
             ("stream", "line 5 of a stream is written", "The server calls"),
         ]:
             browser.click(f"#{name} button")
@@ -64,6 +65,16 @@ def test_each_button_shows_what_happened(address: str, width: int, dark: bool) -
         wait_for_timeline(browser, "leave", "The client has gone.")
 
         assert browser.errors == []
-        paths = ("", "sign", "crash", "stranger", "discard", "stream", "stream?leave")
+        paths = (
+            "",
+            "sign",
+            "crash",
+            "stranger",
+            "discard",
+            "stream",
+            "stream?leave",
+            "hold",
+            "hold?sixth",
+        )
         asked = {each for each in browser.requests if not each.startswith("data:")}
         assert asked <= {f"{address}/{path}" for path in paths}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import inspect
+import json
 import re
 import threading
 from io import BytesIO
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from wsgi_dbsession import SessionMiddleware
 
 ADA = {"name": "Ada", "text": "Hello!"}
-VIEWS = ["sign", "crash", "stranger", "discard", "stream"]
+VIEWS = ["sign", "crash", "stranger", "discard", "stream", "hold"]
 
 
 def press(app: Flask, address: str, form: dict[str, str] | None = None) -> Reply:
@@ -49,6 +51,11 @@ def page(app: Flask) -> str:
     reply = ask(app, "GET", "/")
     assert reply.status == "200 OK"
     return reply.body.decode()
+
+
+def recorder_of(app: Flask) -> Any:
+    last: Any = app.jinja_env.globals["happened"]
+    return last.__self__
 
 
 def happened(app: Flask, address: str) -> list[str]:
@@ -165,7 +172,7 @@ def test_the_page_shows_what_happened_in_order(
 
 def test_another_moment_gives_another_timeline(app: Flask, guestbook: Any) -> None:
     """The lines are events: with ``commit_on="close"`` the start comes before the COMMIT."""
-    recorder: Any = app.wsgi_app
+    recorder = recorder_of(app)
     middleware: SessionMiddleware = recorder._outer
     other: Any = type(middleware)(
         middleware.app,
@@ -203,7 +210,7 @@ def test_an_error_that_reaches_the_server_is_shown(
     app: Flask, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a server logs as a traceback is a line of the timeline."""
-    recorder: Any = app.wsgi_app
+    recorder = recorder_of(app)
 
     def broken(environ: object, start_response: Any) -> Any:
         if where == "call":
@@ -297,3 +304,32 @@ def test_a_writer_waits_for_another(app: Flask) -> None:
     assert [each.status for each in replies] == ["303 SEE OTHER"]
     assert "Hello!" in page(app)
     assert "line 5 of a stream" in page(app)
+
+
+def test_an_exhausted_pool_names_its_holders(
+    app: Flask, guestbook: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sixth request gets a page that names the other five, and so does the board."""
+    held = threading.Semaphore(0)
+    done = threading.Event()
+
+    def sleep(_: float) -> None:
+        held.release()
+        done.wait(20)
+
+    monkeypatch.setattr(guestbook.app, "time", SimpleNamespace(sleep=sleep))
+    threads = [threading.Thread(target=press, args=(app, "/hold")) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        assert held.acquire(timeout=20)
+    sixth = press(app, "/hold?sixth")
+    board = ask(app, "GET", "/_db", HTTP_ACCEPT="application/json", REMOTE_ADDR="127.0.0.1")
+    done.set()
+    for thread in threads:
+        thread.join(20)
+
+    assert sixth.status == "500 INTERNAL SERVER ERROR"
+    assert sixth.body.count(b"POST /hold, held for") == 5
+    assert len(json.loads(board.body)["holders"]) == 5
+    assert 'href="/_db"' in page(app)

@@ -141,7 +141,7 @@ def create_app(url: str | None = None) -> Flask:
     # Your application ends here: `app.wsgi_app = middleware`. The rest is for the page.
     recorder = Recorder(middleware, engine)
     watch = app.extensions["watch"] = Watch(Session)
-    app.wsgi_app = watch.board(recorder, "/_db")  # type: ignore[assignment,method-assign]
+    app.wsgi_app = watch.board(recorder, "/_db")  # type: ignore[method-assign]
     app.jinja_env.globals.update(happened=recorder.last, source=source)
     return app
 

@@ -70,18 +70,11 @@ html_copy_source = False
 html_show_sphinx = False
 
 
-def _drop_missing(line: re.Match[str]) -> str:
-    return line[0] if (HERE / f"{line[1]}.md").exists() else ""
-
-
 def link_to_source(app: Sphinx, page: str, source: list[str]) -> None:
     """Lead links to files outside of ``docs/`` to the repository.
 
     They are relative, so that they work where the repository is read.
     """
-    if page == "index":  # a page that is not written yet
-        missing = r"^(pgbouncer|failover|watch)\n"
-        source[0] = re.sub(missing, _drop_missing, source[0], flags=re.MULTILINE)
     base = f"{META['urls']['Source']}/tree/main/"
     source[0] = re.sub(r"\]\((?:\.\./)+(examples|tests)\b", rf"]({base}\1", source[0])
 

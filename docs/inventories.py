@@ -88,6 +88,7 @@ PLAIN = frozenset(
         "P",
         "Reason",
         "R",
+        "State",
         "WSGIApplication",
         "WSGIEnvironment",
     ]

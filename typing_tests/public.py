@@ -67,6 +67,8 @@ def a_block_has_a_scope() -> None:
         scope.on_rollback(lambda: None)
         scope.keep()
         scope.doom()
+        with scope.released() as nothing:
+            assert_type(nothing, None)
 
 
 @session_scope(registry)

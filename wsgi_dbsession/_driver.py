@@ -31,6 +31,11 @@ _CHANGES = "wsgi_dbsession.changes"
 
 _DEADLOCK, _LOCK_TIMEOUT = "1213", "1205"  # of MySQL and MariaDB
 
+# The answer to a COMMIT that leaves open whether it took place: connection exceptions, an operator
+# who ended the server's process, "statement completion unknown", and a node of Galera that lost
+# its cluster.
+_OPEN = ("08", "57P", "40003", "1180", "1047")
+
 # Every write takes a transaction ID, a read never does.
 _POSTGRESQL = "SELECT pg_current_xact_id_if_assigned() IS NOT NULL"
 # Needs the privilege PROCESS. No table has it: information_schema.innodb_trx is as old as the
@@ -66,6 +71,15 @@ def codes(error: BaseException) -> Iterator[str]:
         yield f"ORA-{first.code:05}"
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Return whether this error of a COMMIT is the database's answer, and the answer is no."""
+    return (
+        isinstance(error, DBAPIError)
+        and not error.connection_invalidated
+        and not any(code.startswith(_OPEN) for code in codes(error))
+    )
+
+
 def is_aborted(driver: Any) -> bool:
     """Return whether PostgreSQL has aborted the transaction, and takes nothing but a rollback.
 
@@ -90,8 +104,21 @@ def is_autocommit(connection: Connection) -> bool:
         level = getattr(connection.dialect, "_on_connect_isolation_level", None)
     if level is not None:
         return bool(level == "AUTOCOMMIT")
-    driver = None if connection.closed or connection.invalidated else _driver_of(connection)
-    return getattr(driver, "autocommit", False) is True  # psycopg, psycopg2, pg8000
+    return not (connection.closed or connection.invalidated) and autocommits(
+        _driver_of(connection)
+    )
+
+
+def autocommits(driver: Any) -> bool:
+    """Return whether the driver was told to commit each statement, by whomever."""
+    try:
+        ask = getattr(driver, "get_autocommit", None)
+        if ask is not None:  # PyMySQL, mysqlclient
+            return bool(ask())
+        # psycopg, psycopg2, pg8000, pyodbc, oracledb
+        return getattr(driver, "autocommit", False) is True
+    except Exception:  # it is closed
+        return False
 
 
 def is_read_only(source: Connection | Engine) -> bool:
@@ -155,8 +182,11 @@ def spoiler(info: dict[Any, Any], transaction: Transaction) -> BaseException | N
 
     :param info: the ``Connection.info`` of its connection, which may be back in the pool.
     """
-    reference, error = info.get(_SPOILED, _NOTHING)
-    return cast("BaseException", error) if reference() is transaction else None
+    found = info.get(_SPOILED)
+    if found is None or found[0]() is not transaction:
+        return None
+    error: BaseException = found[1]
+    return error
 
 
 def _is_spoiled(connection: Connection) -> bool:
@@ -179,13 +209,6 @@ def passed_through(error: BaseException, prefix: str) -> bool:
             return True
         traceback = traceback.tb_next
     return False
-
-
-def _nothing() -> None:
-    return None
-
-
-_NOTHING: tuple[Any, Any] = (_nothing, None)
 
 
 def _driver_of(connection: Connection) -> Any:

@@ -111,12 +111,11 @@ class SessionMiddleware:
         """Handle one request."""
         if self._skip is not None and self._skip(environ):
             return self.app(environ, start_response)
-        outer = find_scope()
-        if outer is not None and outer.environ is environ:
-            return self._join(outer, environ, start_response)
-        observers = observers_of(self._registries)
-        if self.observers:
-            observers = tuple(dict.fromkeys(self.observers + observers))
+        if "wsgi_dbsession.scope" in environ:
+            outer = find_scope()
+            if outer is not None and outer.environ is environ:
+                return self._join(outer, environ, start_response)
+        observers = observers_of(self._registries, self.observers)
         scope = Scope(environ, observers)
         environ["wsgi_dbsession.scope"] = scope
         if observers:
@@ -136,5 +135,5 @@ class SessionMiddleware:
                 "again. Write `app.wsgi_app = SessionMiddleware(app.wsgi_app, Session)`"
             )
             raise RuntimeError(msg)
-        scope.join((*self.observers, *observers_of(self._registries)))
+        scope.join(observers_of(self._registries, self.observers))
         return self.app(environ, start_response)

@@ -8,7 +8,7 @@ start is held until the outcome is known or a block has to be sent.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ._start import HeldStart, body_length
 
@@ -153,7 +153,8 @@ class Start(HeldStart):
                 if choice not in MOMENTS:
                     msg = f"commit_on must return one of {MOMENTS}, got {choice!r}"
                     raise ValueError(msg)
-            self._moment = moment = cast("Moment", choice)
+            chosen: Moment = choice
+            self._moment = moment = chosen
         return moment
 
     def proceed(self, *, complete: bool) -> None:
@@ -161,17 +162,16 @@ class Start(HeldStart):
 
         :param complete: whether the body is whole with this block, or exhausted.
         """
-        self.settle_if_due(complete=complete)
+        scope = self.scope
+        if scope.undecided():
+            self._settle_if_due(complete=complete)
         released = self.released
         self.release()
-        if not released:
-            # An outer middleware's start_response may have used a Session.
-            self.settle_if_due(complete=complete)
+        # An outer middleware's start_response may have used a Session.
+        if not released and scope.undecided():
+            self._settle_if_due(complete=complete)
 
-    def settle_if_due(self, *, complete: bool) -> None:
-        """Settle the scope if this is the moment, see :meth:`proceed`."""
-        if not self.scope.undecided():
-            return
+    def _settle_if_due(self, *, complete: bool) -> None:
         moment = self.moment()
         if moment != "close" and (complete or (moment == "headers" and not self.released)):
             try:
@@ -195,16 +195,11 @@ class Start(HeldStart):
 
     def finish(self) -> None:
         """Settle and release a response whose body is finished, and close the scope."""
-        self.proceed(complete=True)
-        self.close()
-
-    def close(self, error: BaseException | None = None, *, complete: bool = True) -> None:
-        """Close the scope, see :meth:`Scope.close`."""
-        try:
-            self.scope.close(error, complete=complete, veto=self.vetoes)
-        except BaseException as failure:
-            self.failure = failure
-            raise
+        if self.scope.undecided():
+            self._settle_if_due(complete=True)
+        self.release()
+        # It settles what an outer middleware's start_response has written.
+        self.scope.close(veto=self.vetoes)
 
     def is_answerable(self) -> bool:
         """Return whether ``commit_error`` can still answer: nothing of the body was sent."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ._report import describe, describe_path, log
 from ._step import Step
@@ -41,6 +41,9 @@ class Observed(Step):
     observers: tuple[Any, ...]
     """Who looks on."""
 
+    _idle: ClassVar[type]
+    """The base class of observers: its methods do nothing, so they are not called."""
+
     _name: str
 
     @property
@@ -60,8 +63,13 @@ class Observed(Step):
 
         :return: whether one of them has dealt with it.
         """
+        nothing = getattr(self._idle, method)
         # Each is called, whatever the one before it returned.
-        return True in [self._call(each, method, *arguments) for each in self.observers]
+        return True in [
+            self._call(each, method, *arguments)
+            for each in self.observers
+            if getattr(getattr(each, method), "__func__", None) is not nothing
+        ]
 
     def _call(self, observer: Any, method: str, *arguments: object) -> object:
         try:

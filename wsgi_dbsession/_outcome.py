@@ -256,7 +256,8 @@ class Unit(Observed):
             ):
                 but = ", except what AUTOCOMMIT has committed" if is_autocommit(session) else ""
                 message = "%s: discarding uncommitted changes%s: %s; scope.keep() commits them"
-                log.info(message, self.name, but, vetoed, extra=self.extra())
+                if not self.tell("discarding", vetoed):
+                    log.info(message, self.name, but, vetoed, extra=self.extra())
                 return
 
     def close(
@@ -277,7 +278,7 @@ class Unit(Observed):
                 self.settle(error, complete=complete, veto=veto)
         except BaseException as settling:
             failure = failure or settling
-        interruption = self.close_sessions()
+        interruption = self.close_sessions() if self.sessions else None
         failure = failure or interruption
         if self.observers:
             self.tell("closed")

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
 from ._fork import forget_inherited
+from ._pooler import warn_behind_pooler
 from ._scope import Observer, current_scope, find_scope
 from ._transaction import AdoptedSession
 
@@ -145,6 +146,7 @@ def _adopt(registry: scoped_session[Any]) -> SessionRegistry:
             event.listen(factory, "after_flush", _after_flush, insert=True)
             event.listen(factory, "after_soft_rollback", _after_rollback, insert=True)
         adopted = registry.registry = SessionRegistry(factory)
+        warn_behind_pooler()
     return adopted
 
 
@@ -186,13 +188,15 @@ def check_routed(registries: Iterable[SessionRegistry]) -> None:
             raise ValueError(msg)
 
 
-def observers_of(registries: Iterable[SessionRegistry]) -> tuple[Observer, ...]:
-    """Return those who look on at these registries."""
-    found: tuple[Observer, ...] = ()
+def observers_of(
+    registries: Iterable[SessionRegistry], first: tuple[Observer, ...] = ()
+) -> tuple[Observer, ...]:
+    """Return those who look on at these registries, each once, after the `first`."""
+    found = first
     for registry in registries:
         if registry.observers:
             found += registry.observers
-    return tuple(dict.fromkeys(found)) if found else found
+    return found if found is first else tuple(dict.fromkeys(found))
 
 
 class observe:  # noqa: N801 - used like contextlib's context managers
@@ -229,7 +233,7 @@ def check_observers(observers: Iterable[Observer]) -> tuple[Observer, ...]:
 
     :raises TypeError: one is not an Observer.
     """
-    found = tuple(observers)
+    found = tuple(dict.fromkeys(observers))
     for observer in found:
         kind: type = type(observer)
         if not issubclass(kind, Observer):

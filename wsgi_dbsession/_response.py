@@ -86,8 +86,7 @@ class Response:
         self._blocks: Iterator[bytes] | None = None
         self._ahead: bytes | None = None  # the first block, where the call has asked for it
         self._iterator: Iterator[bytes] | None = None
-        self._complete = False
-        self._closed = False
+        self._complete = self._closed = False
 
     def begin(self) -> None:
         """Ask for the first block in the step that is the call of the application.
@@ -100,14 +99,20 @@ class Response:
 
     def __iter__(self) -> Iterator[bytes]:
         start = self._start
+        scope = start.scope
         block, self._ahead = self._ahead, None
         try:
-            if block is None:
-                block = self._next()
             while block is not END:
-                yield block
-                # What is left of a HEAD is never sent, and may be endless.
-                block = END if self._closed or start.is_head else self._next()
+                if block is not None:  # None: the call has not asked for the first
+                    yield block
+                    # What is left of a HEAD is never sent, and may be endless.
+                    if self._closed or start.is_head:
+                        return
+                try:
+                    scope.enter()
+                    block = self._advance()
+                finally:
+                    scope.leave()
         except Exception:
             if not start.is_answerable():
                 raise
@@ -119,14 +124,6 @@ class Response:
         if self._iterator is None:
             self._iterator = iter(self)
         return next(self._iterator)
-
-    def _next(self) -> bytes:
-        scope = self._start.scope
-        try:
-            scope.enter()
-            return self._advance()
-        finally:
-            scope.leave()
 
     def _advance(self) -> bytes:
         """Return the next block, or `END`, after an outcome if this is the moment. In a step."""
@@ -174,13 +171,13 @@ class Response:
     def _finish(self, error: BaseException | None = None, *, complete: bool = False) -> None:
         """Close the application's iterable, settle the rest and close the Sessions."""
         self._closed = True
-        iterable, self._iterable, self._blocks = self._iterable, (), iter(())
+        start, iterable = self._start, self._iterable
+        self._iterable, self._blocks = (), iter(())
         try:
             close(iterable)
         except BaseException as failure:
-            if error is not None:
-                self._start.close(error)
-                return
-            self._start.close(failure)
-            raise
-        self._start.close(error, complete=complete)
+            start.scope.close(error or failure)
+            if error is None:
+                raise
+        else:
+            start.scope.close(error, complete=complete, veto=start.vetoes)

@@ -32,7 +32,8 @@ def find_scope() -> Scope | None:
 
     For code that runs inside and outside of scopes, such as a listener of SQLAlchemy's events.
     """
-    return cast("Scope | None", active_step())
+    scope: Scope | None = active_step()
+    return scope
 
 
 def scopes() -> Iterator[Scope]:
@@ -51,7 +52,7 @@ def current_scope() -> Scope:
         thread or greenlet that has opened none of its own, and in late work of a request whose
         step is over.
     """
-    scope = find_scope()
+    scope: Scope | None = active_step()
     if scope is None:
         msg = (
             "no active scope. In a request, wrap the WSGI application: "
@@ -79,6 +80,13 @@ class Observer:
     def hook_called(self, scope: Scope, hook: Callable[..., object]) -> None:
         """Look at a hook that is about to run."""
 
+    def discarding(self, scope: Scope, cause: str) -> bool | None:
+        """Look at uncommitted changes that the veto is about to discard.
+
+        :param cause: such as ``"status 404"``.
+        :return: True if it has been dealt with, so that it is not logged.
+        """
+
     def commit_failed(self, scope: Scope, failure: BaseException) -> bool | None:
         """Look at a failed commit.
 
@@ -97,6 +105,8 @@ class Scope(Unit):
     """
 
     __slots__ = ()
+
+    _idle = Observer
 
     def __repr__(self) -> str:
         return f"<Scope of {self.name} at {id(self):#x}: {self.outcome or 'undecided'}>"

@@ -22,12 +22,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import Transaction
 
+# With the `Connection.info` of each, which outlives it.
+Transactions: TypeAlias = "list[tuple[dict[Any, Any], Transaction]]"
 Truth: TypeAlias = Literal["rolled back", "unknown", "committed", "partly committed"]
-
-# The answer to a COMMIT that leaves open whether it took place: connection exceptions, an operator
-# who ended the server's process, "statement completion unknown", and a node of Galera that lost
-# its cluster.
-_OPEN = ("08", "57P", "40003", "1180", "1047")
 
 
 class AdoptedSession(Session):
@@ -144,15 +141,14 @@ class Commit:
         begun = [session for session in self._sessions if is_begun(session)]
         for session in begun:
             session.flush()
-        for session in begun:
-            _refuse_spoiled(session)
+        found = {session: _refuse_spoiled(session) for session in begun}
         two_phase = [session for session in begun if session.twophase]
         try:
             for session in two_phase:
-                self._prepare(session)
+                self._prepare(session, found[session])
             for session in begun:
                 if session not in two_phase:
-                    self._commit(session)
+                    self._commit(session, found[session])
         except BaseException:
             # Before their connections are invalidated: a prepared transaction survives that.
             for session, _ in self._prepared:
@@ -162,7 +158,7 @@ class Commit:
         for session, names in self._prepared:
             # The decision has been made: each is committed, even if another fails.
             try:
-                self._commit(session)
+                self._commit(session, found[session])
             except BaseException as error:
                 failure = failure or error
                 self._doubtful += names
@@ -172,11 +168,10 @@ class Commit:
         if failure is not None:
             raise failure
 
-    def _prepare(self, session: Session) -> None:
+    def _prepare(self, session: Session, found: Transactions) -> None:
         # prepare() refuses an open savepoint, where commit() releases it with the rest.
         while (savepoint := session.get_nested_transaction()) is not None:
             savepoint.commit()
-        found = _infos(session)
         self._failed = [transaction for _, transaction in found]
         names = [str(getattr(transaction, "xid", "")) for _, transaction in found]
         try:
@@ -187,8 +182,7 @@ class Commit:
         self._prepared.append((session, names))
         self._refuse_swallowed(found)
 
-    def _commit(self, session: Session) -> None:
-        found = _infos(session)
+    def _commit(self, session: Session, found: Transactions) -> None:
         self._failed = [transaction for _, transaction in found]
         expires = session.expire_on_commit
         if self._final:
@@ -207,7 +201,7 @@ class Commit:
         self._refuse_swallowed(found)
         self._committed += 1
 
-    def _refuse_swallowed(self, found: list[tuple[dict[Any, Any], Transaction]]) -> None:
+    def _refuse_swallowed(self, found: Transactions) -> None:
         """Raise if a ``before_commit`` listener has spoiled the transaction without a word."""
         for info, transaction in found:
             error = _driver.spoiler(info, transaction)
@@ -228,18 +222,14 @@ class Commit:
                 "partly committed",
                 f"partly committed, {done} transactions before the failed one{prepared}",
             )
-        if not self._spoiled and _was_sent(failure) and not _is_refusal(failure):
+        if not self._spoiled and _was_sent(failure) and not _driver.is_refusal(failure):
             return "unknown", f"connection lost during COMMIT, outcome unknown{prepared}"
         if any(map(is_autocommit, self._sessions)):
             return "rolled back", "commit failed, but AUTOCOMMIT keeps what was written"
         return "rolled back", "commit failed, rolled back"
 
 
-def _infos(session: Session) -> list[tuple[dict[Any, Any], Transaction]]:
-    return [(connection.info, transaction) for connection, transaction in connections(session)]
-
-
-def _refuse_spoiled(session: Session) -> None:
+def _refuse_spoiled(session: Session) -> Transactions:
     """Raise if the transaction cannot be committed any more, or only a part of it.
 
     After a failed statement, PostgreSQL answers COMMIT with ROLLBACK, and psycopg and psycopg2 do
@@ -247,7 +237,8 @@ def _refuse_spoiled(session: Session) -> None:
     nothing. After a deadlock, MariaDB has rolled back and begun anew. After a failed flush,
     SQLAlchemy reports it, but not before others are committed.
     """
-    for connection, transaction in connections(session):
+    found = connections(session)
+    for connection, transaction in found:
         if not connection.invalidated and connection.in_transaction():
             fairy = connection.connection
             error = _driver.spoiler(fairy.info, transaction)
@@ -255,6 +246,7 @@ def _refuse_spoiled(session: Session) -> None:
                 raise _refusal(error) from error
     if not session.is_active:
         raise _refusal(None)
+    return [(connection.info, transaction) for connection, transaction in found]
 
 
 def _refusal(error: BaseException | None) -> exc.PendingRollbackError:
@@ -271,15 +263,6 @@ def _was_sent(failure: BaseException) -> bool:
     """Return whether this failure came out of COMMIT or one of its two phases."""
     return any(
         _driver.passed_through(failure, method) for method in ("do_commit", "do_prepare_twophase")
-    )
-
-
-def _is_refusal(failure: BaseException) -> bool:
-    """Return whether the database answered, and answered no."""
-    return (
-        isinstance(failure, exc.DBAPIError)
-        and not failure.connection_invalidated
-        and not any(code.startswith(_OPEN) for code in _driver.codes(failure))
     )
 
 

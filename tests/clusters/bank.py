@@ -212,6 +212,7 @@ def describe(error: BaseException) -> str:
 
 def audit(bank: Bank, load: Load, fetch: Fetch) -> None:
     """Compare the books with what the clients were told; raise where they differ."""
+    print(f"{len(load.told)} transfers: {dict(Counter(load.told.values()))}, {dict(load.errors)}")
     applied = Counter(token for (token,) in fetch("SELECT token FROM entry"))
     told = load.told
     lost = [token for token in told if told[token] == ACKNOWLEDGED and not applied[token]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from sqlalchemy import text
@@ -112,6 +112,10 @@ class MistakeError(Exception):
     pass
 
 
+class InterruptionError(BaseException):
+    """As gevent's, or a signal's."""
+
+
 def make_mistake(*_: object) -> bool:
     raise MistakeError
 
@@ -143,6 +147,60 @@ def test_an_error_rolls_back(place: Place, registry: scoped_session[Session]) ->
         drive(SessionMiddleware(application(work), registry), "POST")
 
     assert place.notes() == []
+
+
+def test_an_interruption_rolls_back_and_gives_the_backend_back(
+    place: Place, registry: scoped_session[Session]
+) -> None:
+    """Its connection to the bouncer is closed, and the bouncer ends the transaction."""
+    attempts: list[None] = []
+
+    def work() -> None:
+        registry.add(Note(text="note"))
+        registry.flush()
+        attempts.append(None)
+        if len(attempts) == 1:
+            raise InterruptionError
+
+    app = SessionMiddleware(application(work), registry)
+    with pytest.raises(InterruptionError):
+        drive(app, "POST")
+    wait_until(lambda: place.states() <= {"idle"}, "the transaction ends", timeout=10)
+    assert place.notes() == []
+
+    assert drive(app, "POST").status == "200 OK"
+    assert place.notes() == ["note"]
+
+
+def test_discarded_work_is_not_called_a_success(
+    place: Place, registry: scoped_session[Session]
+) -> None:
+    """Whether it was written is asked in the transaction itself, through the bouncer."""
+
+    def work() -> None:
+        registry.execute(text("INSERT INTO note (text) VALUES ('note')"))
+        registry.remove()
+
+    with pytest.raises(RuntimeError, match="a Session was closed at"):
+        drive(SessionMiddleware(application(work), registry), "POST")
+
+    assert place.notes() == []
+
+
+@pytest.mark.parametrize(("moment", "expected"), [("headers", ["note"]), ("close", [])])
+def test_the_moment_is_the_applications_choice(
+    moment: Literal["headers", "close"],
+    expected: list[str],
+    place: Place,
+    registry: scoped_session[Session],
+) -> None:
+    """A stream that is left after its first block was committed before it, or not at all."""
+    app = application(lambda: registry.add(Note(text="note")), blocks=3)
+    wrapped = SessionMiddleware(app, registry, commit_on=moment)
+
+    Server().run(wrapped, make_environ("POST"), blocks=1)
+
+    assert place.notes() == expected
 
 
 def test_a_doomed_scope_rolls_back(place: Place, registry: scoped_session[Session]) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 
 from tests.support.clusters import PgBouncer, PostgresCluster, pgbouncer, postgres_cluster
+from wsgi_dbsession._pooler import warn_behind_pooler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +76,29 @@ def test_prepared_statements_collide(bouncer: PgBouncer, make_engine: MakeEngine
         prepare(connection, "INSERT INTO note VALUES (:value)")
     with two.connect() as connection, pytest.raises(ProgrammingError, match="already exists"):
         prepare(connection, "INSERT INTO other VALUES (:value)")
+
+
+def test_the_default_is_a_warning_at_the_first_connect(
+    cluster: PostgresCluster,
+    bouncer: PgBouncer,
+    make_engine: MakeEngine,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Only behind the bouncer, and only with the default."""
+    warn_behind_pooler()  # as whatever adopts a registry does
+    for url, options in (
+        (bouncer.url(), {"connect_args": UNPREPARED}),
+        (bouncer.url(driver="psycopg2"), {}),
+        (cluster.primary.url(), {}),
+    ):
+        assert value(make_engine(url, **options), "SELECT 1") == 1
+    assert not caplog.records
+
+    engine = make_engine(bouncer.url())
+    assert value(engine, "SELECT 1") == value(engine, "SELECT 1") == 1
+
+    (record,) = caplog.records
+    assert record.getMessage().startswith("a pooler such as PgBouncer is between psycopg and")
 
 
 def backend(connection: Connection) -> int:

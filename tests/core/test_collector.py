@@ -192,7 +192,7 @@ def test_a_thousand_abandoned_blocks_leave_no_scope(sqlite_registry: Registry, w
         work()
         assert alive() <= before + 2
 
-    assert alive() <= before + 1
+    assert alive() <= before + 2  # the last of them, and the block around it
 
 
 # -- late work ------------------------------------------------------------------------------------

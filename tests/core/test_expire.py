@@ -170,7 +170,8 @@ def test_a_rollback_expires(sqlite_database: Database, sqlite_registry: Registry
     with session_scope(sqlite_registry):
         sqlite_registry.add(Note(text="a"))
     with session_scope(sqlite_registry) as scope:
-        note = sqlite_registry.get_one(Note, 1)
+        note = sqlite_registry.get(Note, 1)
+        assert note is not None
         note.text = "b"
         sqlite_registry.flush()
         scope.doom()

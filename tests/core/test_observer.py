@@ -372,6 +372,27 @@ def test_a_wrapper_adds_itself_when_it_is_built(sqlite_registry: Registry) -> No
     assert len(diary.lines) == 2
 
 
+@pytest.mark.parametrize("dealt_with", [False, True, None])
+def test_discarded_changes_are_logged_unless_dealt_with(
+    sqlite_registry: Registry, caplog: pytest.LogCaptureFixture, dealt_with: bool | None
+) -> None:
+    """An observer learns the status, before the outcome."""
+    caplog.set_level(logging.INFO)
+    seen: list[tuple[object, str]] = []
+
+    class Dealer(Observer):
+        def discarding(self, scope: Scope, cause: str) -> bool | None:
+            seen.append((scope.outcome, cause))
+            return dealt_with
+
+    app = BODIES["list body"](Program(add_note(sqlite_registry), status="404 Not Found"))
+    wrapped = SessionMiddleware(app, sqlite_registry, observers=[Dealer()])
+    Server().run(wrapped, make_environ("POST"))
+
+    assert seen == [(None, "status 404")]
+    assert len(caplog.records) == (0 if dealt_with else 1)
+
+
 # -- what they cannot do --------------------------------------------------------------------------
 
 

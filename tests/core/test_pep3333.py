@@ -181,15 +181,21 @@ def test_an_error_page_replaces_a_start_that_was_not_sent(
     assert sqlite_database.notes() == []
 
 
-def test_the_length_is_that_of_the_last_start(sqlite_registry: scoped_session[Session]) -> None:
-    """An error page with another length is complete with that."""
+@pytest.mark.parametrize("how", ["written", "yielded"])
+def test_the_length_is_that_of_the_last_start(
+    sqlite_registry: scoped_session[Session], how: str
+) -> None:
+    """An error page with another length is complete with that; an empty block sends no headers."""
     server = Server()
     trace_commits(sqlite_registry, server)
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
         sqlite_registry.add(Note())
         write = start_response("200 OK", [("Content-Length", "100")])
-        write(b"")
+        if how == "written":
+            write(b"")
+        else:
+            yield b""
         try:
             raise AppError
         except AppError:

@@ -121,7 +121,7 @@ def test_a_block_in_a_block_changes_nothing(stocked: Registry, database: Databas
                 assert checked_out(database) == 0
             with pytest.raises(RuntimeError, match=NO_STATEMENT):
                 stocked.scalar(text("SELECT 1"))
-        assert stocked.scalar(text("SELECT text FROM note")) == "changed"
+        assert stocked.scalar(select(Note.text)) == "changed"
 
 
 def test_the_first_block_may_end_first(sqlite_registry: Registry) -> None:
@@ -195,7 +195,7 @@ def test_a_session_without_autobegin_begins_again(
         with scope.released():
             assert_nothing_is_held(registry)
             registry.add(Note(text="a"))
-        assert registry.scalar(text("SELECT text FROM note")) == "a"
+        assert registry.scalar(select(Note.text)) == "a"
         registry.rollback()
         with scope.released():
             assert not registry().in_transaction()
@@ -278,6 +278,14 @@ def test_a_row_that_is_locked_is_refused(
         postgres_registry.scalars(select(Note).with_for_update()).one()
         with pytest.raises(RuntimeError, match=REFUSED):
             scope.released().__enter__()
+
+
+def test_a_notification_is_no_write(postgres_registry: Registry) -> None:
+    """PostgreSQL gives it no transaction ID before the COMMIT: what the docs warn of."""
+    with session_scope(postgres_registry) as scope:
+        postgres_registry.execute(text("NOTIFY news"))
+        with scope.released():
+            assert_nothing_is_held(postgres_registry)
 
 
 def test_a_failed_transaction_is_refused(postgres_registry: Registry) -> None:

@@ -12,9 +12,9 @@ import pytest
 from tests.core.test_layout import is_private, sources_of_the_package
 
 # Of code, in all files of the core. The design hoped for 800, but its rules are many: what drivers
-# tell, the truth about a failure, discarded Sessions, the cases of PEP 3333, released connections.
-CORE_LINES = 1710
-FILE_LINES = 320  # of the core, in all
+# tell, the truth about a failure, discards, released connections, poolers, the cases of PEP 3333.
+CORE_LINES = 1750
+FILE_LINES = 320  # of the package, in all
 FUNCTION_LINES = 45  # without its docstring
 TEST_FILE_LINES = 600
 
@@ -70,8 +70,8 @@ def test_the_core_does_not_grow() -> None:
     assert sum(lines.values()) <= CORE_LINES, lines
 
 
-def test_no_file_of_the_core_is_long() -> None:
-    lengths = {module: source.count("\n") for module, source in core().items()}
+def test_no_file_of_the_package_is_long() -> None:
+    lengths = {module: source.count("\n") for module, source in sources_of_the_package().items()}
 
     assert {module: lines for module, lines in lengths.items() if lines > FILE_LINES} == {}
 

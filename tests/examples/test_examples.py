@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -161,96 +160,3 @@ def test_the_job_works_on_the_notes(tmp_path: Path) -> None:
         "nothing was deleted",
     ]
     assert rows(database, "SELECT text FROM note ORDER BY text") == ["A", "B"]
-
-
-def demo(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / "demo.py"), *options],
-        env=environment(**variables),
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def test_the_demo_shows_what_it_tells() -> None:
-    """Every case of the demo comes out as told, on the SQLite file it brings."""
-    done = demo("--once")
-
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n  as told") == 5
-
-
-def test_the_demo_runs_on_postgresql(postgres_server: Server) -> None:
-    """Every case of the demo comes out as told on PostgreSQL, too."""
-    url = postgres_server.create_database("demo").render_as_string(hide_password=False)
-
-    done = demo("--once", DATABASE_URL=url)
-
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n  as told") == 5
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        pytest.param(
-            {"DATABASE_URL": "postgresql+nosuchdriver://"},
-            "Cannot use the database of DATABASE_URL",
-            id="a driver that is not there",
-        ),
-        pytest.param(
-            {"DATABASE_URL": "postgresql+psycopg://127.0.0.1:1/x"},
-            "Cannot use the database of DATABASE_URL",
-            id="a database that does not answer",
-        ),
-    ],
-)
-def test_the_demo_says_what_is_missing(variables: dict[str, str], message: str) -> None:
-    """A database that cannot be used is named, without a traceback."""
-    done = demo("--once", **variables)
-
-    assert done.returncode == 1
-    assert done.stderr.startswith(message)
-    assert "Traceback" not in done.stderr
-
-
-def test_the_demo_says_that_its_port_is_taken() -> None:
-    """A port in use is named, without a traceback."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        done = demo("--once", PORT=str(taken.getsockname()[1]))
-
-    assert done.returncode == 1
-    assert done.stderr.startswith("Cannot listen on port")
-
-
-def test_the_demo_serves_a_page_until_ctrl_c() -> None:
-    """After the show the page is there, with the entries and the outcomes; Ctrl-C ends it."""
-    process = subprocess.Popen(
-        [sys.executable, str(EXAMPLES / "demo.py")],
-        env=environment(),
-        # A background job of a shell has inherited that it ignores Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        address = next(
-            line.split()[-1] for line in process.stdout if line.startswith("Now try it yourself")
-        )
-        status, page = ask(address)
-        process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=10)
-    finally:
-        process.kill()
-
-    assert status == 200
-    assert "<td>Ada</td><td>Hello!</td>" in page
-    assert "POST /stranger: rolled back (commit failed)" in page
-    assert process.returncode == 0, errors
-    assert "Goodbye." in rest

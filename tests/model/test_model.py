@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.model.programs import Exchange, Plan, environ_for, name_of, plans
+from tests.model.programs import Do, Exchange, Hook, Plan, environ_for, name_of, plans
 from tests.model.reference import Model
 from tests.model.unit import Setup
 from tests.model.world import STEPS, Files, Log, Place, Servers, Step, World
@@ -244,14 +244,21 @@ def cheap_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def run_programs(given: Files | Servers, profile: settings) -> None:
+@contextmanager
+def programs_on(given: Files | Servers) -> Iterator[type[Requests]]:
+    """Make the state machine whose programs use these databases."""
     with observe() as listener, cheap_collections():
 
         class Programs(Requests):
             databases = given
             observed = listener
 
-        run_state_machine_as_test(Programs, settings=profile)
+        yield Programs
+
+
+def run_programs(given: Files | Servers, profile: settings) -> None:
+    with programs_on(given) as programs:
+        run_state_machine_as_test(programs, settings=profile)
 
 
 pytestmark = [
@@ -260,6 +267,23 @@ pytestmark = [
     # To make a program that fails a small one takes its time.
     pytest.mark.timeout(1000),
 ]
+
+
+def test_a_hook_of_a_failed_commit_in_close_registers_another(tmp_path: Path) -> None:
+    """Both run, also if no step follows; random programs found that the second did not."""
+    databases = Files(tmp_path)
+    hook = Hook("rollback", "register another")
+    plan = Plan(body="list subclass", close=(Do("add orphan"), hook))
+    try:
+        with programs_on(databases) as programs:
+            state = programs()
+            state.begin(setup=Setup())
+            state.request(plan=plan, step="here")
+            state.close(step="here", which=0)
+            assert state.world.hooks_run == ["r1.close.1", "r1.close.1'"]
+            state.teardown()
+    finally:
+        databases.dispose()
 
 
 @pytest.mark.promise("no false success")

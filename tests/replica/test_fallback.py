@@ -7,13 +7,14 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 
 from tests.replica.application import PORT
-from tests.replica.site import Site, retrying
+from tests.replica.site import Site, behind, retrying
 from tests.support.processes import wait_until
 from tests.support.proxy import Proxy
 from wsgi_dbsession.replica import read_only_engine
+from wsgi_dbsession.retry import Retry
 
 if TYPE_CHECKING:
     from tests.replica.site import Keep
@@ -128,4 +129,29 @@ def test_a_conflict_with_the_replay_is_retried_on_the_primary(site: Site) -> Non
     assert len(attempts) == 2
     assert attempts[0] in site.ports
     assert attempts[1] == str(site.cluster.primary.port)
+    assert client.errors == []
+
+
+@pytest.mark.parametrize("replicas", ["read-only engines", "plain engines"])
+def test_a_request_is_retried_after_its_replica_was_rejected(
+    replicas: str, cluster: PostgresCluster, keep: Keep
+) -> None:
+    """To have asked a replica how far it is, is no obstacle: nothing was written there."""
+    urls = [each.url() for each in cluster.standbys]
+    make = read_only_engine if replicas == "read-only engines" else create_engine
+    site = Site(cluster, keep, [make(url) for url in urls])
+    where: list[str] = []
+
+    def view() -> object:
+        where.append(str(site.registry.scalar(PORT)))
+        if len(where) == 1:
+            raise Retry
+        return where[-1]
+
+    client = retrying(site, view=view)
+    with behind(*cluster.standbys):
+        client.post()
+        assert client.get("/view") == str(cluster.primary.port)
+
+    assert where == [str(cluster.primary.port)] * 2
     assert client.errors == []

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
     from sqlalchemy.orm import Session, scoped_session
 
+    from tests.support.postgres import Server as PostgresServer
+
 pytestmark = pytest.mark.promise("attempts")
 
 
@@ -60,6 +62,26 @@ def test_each_attempt_gets_the_environ_as_it_was(plain: scoped_session[Session])
     scopes = [each["wsgi_dbsession.scope"] for each in seen]
     assert len({id(scope) for scope in scopes}) == 3
     assert all(scope.environ is None for scope in scopes)
+
+
+@pytest.mark.parametrize(("lost", "status"), [(2, "200 OK"), (3, "503 Service Unavailable")])
+def test_commit_error_answers_for_each_attempt_and_the_client_gets_the_last(
+    lost: int, status: str, serializable: scoped_session[Session], postgres_server: PostgresServer
+) -> None:
+    """It runs where a commit fails; whether another attempt follows, it does not know."""
+    answers: list[object] = []
+
+    def apologize(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        answers.append(environ["wsgi_dbsession.attempt"])
+        start_response("503 Service Unavailable", TEXT)
+        return [b"sorry"]
+
+    race = Race(serializable, postgres_server, "commit", lost=lost)
+    inner = SessionMiddleware(list_app(race.run), serializable, commit_error=apologize)
+
+    assert drive(RetryMiddleware(inner, attempts=3, backoff=0), "POST").status == status
+
+    assert answers == list(range(1, lost + 1))
 
 
 def test_hooks_follow_the_outcome_of_their_attempt(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from wsgi_dbsession.retry._drivers import autocommits, is_read_only, is_standby
+from wsgi_dbsession._driver import autocommits
+from wsgi_dbsession.retry._drivers import is_standby, refuses_writes
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -21,7 +22,7 @@ def test_a_closed_connection_may_write_and_does_not_commit_by_itself() -> None:
     """What is not known must not excuse another attempt."""
     closed = Closed()
     assert not autocommits(closed)
-    assert not is_read_only(closed)
+    assert not refuses_writes(closed)
 
 
 def test_each_driver_can_be_asked_when_it_is_closed(engine: Engine) -> None:

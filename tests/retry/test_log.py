@@ -13,9 +13,13 @@ from tests.retry.applications import Restless, flask_app, list_app, protect
 from tests.support.models import make_engine
 from tests.support.proxy import Proxy
 from tests.support.wsgi import drive, make_registry
-from wsgi_dbsession.retry import Retry, run_transaction
+from wsgi_dbsession import SessionMiddleware
+from wsgi_dbsession.retry import Retry, RetryMiddleware, run_transaction
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
     from sqlalchemy.orm import Session, scoped_session
 
     from tests.support.models import Database
@@ -49,6 +53,40 @@ def test_a_retry_and_giving_up_are_logged(
     assert fields(retrying) == {**REQUEST, "attempt": 1, "error": "Retry"}
     assert vars(retrying)["delay"] == 0
     assert fields(giving_up) == {**REQUEST, "attempt": 2, "error": "Retry"}
+
+
+@pytest.mark.parametrize(
+    ("status", "lines"),
+    [
+        pytest.param(
+            "500 Internal Server Error",
+            ["retrying POST", "POST /path: discarding", "giving up on POST"],
+            id="an error page, which is run again once",
+        ),
+        pytest.param("200 OK", ["POST /path: discarding"], id="a success with a veto of its own"),
+    ],
+)
+def test_discarded_changes_are_logged_for_the_attempt_that_stays(
+    status: str,
+    lines: list[str],
+    plain: scoped_session[Session],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What runs again is not lost, so only the last attempt says what is."""
+    caplog.set_level(logging.INFO, "wsgi_dbsession")
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        plain.execute(text("SELECT 1"))
+        Retry()  # which a framework would catch
+        start_response(status, [])
+        return [b"page"]
+
+    inner = SessionMiddleware(app, plain, commit_veto=lambda *_: True)
+    drive(RetryMiddleware(inner, attempts=2, backoff=0), "POST")
+
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == len(lines)
+    assert all(map(str.startswith, found, lines)), found
 
 
 def test_an_obstacle_is_logged(

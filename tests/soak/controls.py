@@ -11,8 +11,8 @@ from wsgi_dbsession import (
     Scope,
     SessionMiddleware,
     _driver,
+    _moment,
     _outcome,
-    _response,
     _transaction,
     session_scope,
 )
@@ -190,7 +190,7 @@ def _replace(holder: Any, name: str, value: object) -> None:
 
 def _count_no_bytes() -> None:
     length = body_length
-    _replace(_response, "body_length", lambda *arguments: length(*arguments) and float("inf"))
+    _replace(_moment, "body_length", lambda *arguments: length(*arguments) and float("inf"))
 
 
 def _refuse_no_aborted() -> None:

@@ -195,7 +195,11 @@ class Rows:
             columns.fingerprint, columns.status, columns.headers, columns.body
         ).where(columns.id == claim.id)
         connection = self._connect(session)
-        if latest and not isinstance(connection.dialect, PGDialect):
+        if isinstance(connection.dialect, PGDialect):
+            # The lock gives the transaction an ID, and wsgi_dbsession.replica gives the client of
+            # one with an ID its position: what is replayed is acknowledged once more.
+            statement = statement.with_for_update(read=True, key_share=True)
+        elif latest:
             # At REPEATABLE READ of MariaDB, a plain SELECT sees what there was at the first one.
             statement = statement.with_for_update(read=True)
         row = connection.execute(statement).first()

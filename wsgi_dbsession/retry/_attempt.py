@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection
 
-from wsgi_dbsession._driver import codes, is_autocommit
+from wsgi_dbsession._driver import (
+    autocommits,
+    codes,
+    is_autocommit,
+    is_read_only,
+    is_refusal,
+)
 from wsgi_dbsession._scope import scopes
 
 from ._codes import (
@@ -17,9 +23,8 @@ from ._codes import (
     is_consequence,
     is_lost_commit,
     is_lost_connection,
-    is_refusal,
 )
-from ._drivers import autocommits, is_marked_read_only, is_read_only, is_standby
+from ._drivers import is_standby, refuses_writes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -152,13 +157,18 @@ class Attempt:
         if (
             scope.reason == "rolled back"
             and isinstance(failure, Exception)
-            and self.why(failure) is not None
-            and self.obstacle() is None
-            and self._may_go_on()
+            and self.is_followed(failure)
         ):
             return True
         self.is_logged = True  # by the core
         return False
+
+    def is_followed(self, error: BaseException | None) -> bool:
+        """Return whether another attempt follows, now that this one fails.
+
+        :param error: what was raised; None where the failure shows in the response only.
+        """
+        return self.why(error) is not None and self.obstacle() is None and self._may_go_on()
 
     # -- what SQLAlchemy tells --------------------------------------------------------------------
 
@@ -186,7 +196,7 @@ class Attempt:
         """Record that a COMMIT took place."""
         self._committing = False
         # At AUTOCOMMIT it commits nothing: what was written is committed already.
-        if not is_standby(driver) and not (autocommits(driver) and is_read_only(driver)):
+        if not is_standby(driver) and not (autocommits(driver) and refuses_writes(driver)):
             self.committed = _COMMITTED
 
     def end_indirect_commit(self) -> None:
@@ -203,7 +213,7 @@ class Attempt:
 
     def roll_back(self, driver: Any) -> None:
         """Record a ROLLBACK, which undoes nothing if the driver was told to commit by itself."""
-        if autocommits(driver) and not is_read_only(driver):
+        if autocommits(driver) and not refuses_writes(driver):
             self.committed = self.committed or _AUTOCOMMIT
 
     def fail(self, context: ExceptionContext) -> bool:
@@ -220,7 +230,10 @@ class Attempt:
             if ref() is connection:
                 self._see_autocommit(connection)
         committing, self._committing = self._committing, False
-        unknown = not is_refusal(context) if committing else is_lost_commit(context)
+        if committing:
+            unknown = context.is_disconnect or not is_refusal(error)
+        else:
+            unknown = is_lost_commit(context)
         if unknown:
             self.unknown = True
         elif committing or context.statement is not None:
@@ -241,12 +254,12 @@ class Attempt:
 
     def _see_autocommit(self, connection: Connection) -> None:
         """Record that statements commit by themselves, if they do."""
-        if connection.closed or connection.invalidated or is_marked_read_only(connection):
+        if connection.closed or connection.invalidated or is_read_only(connection):
             return
         driver = connection.connection.dbapi_connection
         if not (is_autocommit(connection) or autocommits(driver)):
             return
-        if is_read_only(driver):
+        if refuses_writes(driver):
             # Asked again after its errors: the standby may be promoted meanwhile.
             others = [ref for ref in self._read_only if ref() not in (None, connection)]
             self._read_only = (*others, weakref.ref(connection))

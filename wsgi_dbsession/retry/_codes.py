@@ -34,11 +34,6 @@ _IN_FAILED_TRANSACTION = "25P02"
 # one of them, which follows, fails.
 _NO_SAVEPOINT = "1305"
 
-# The answer to a COMMIT that leaves open whether it took place: connection exceptions, an operator
-# who ended the server's process, 40003, "statement completion unknown", and a node of Galera that
-# lost the others.
-_OPEN = ("08", "57P", "40003", "1180", "1047")
-
 # Where the connection is lost during these, the transaction may be committed, now or later by
 # whoever finds that it was prepared.
 _COMMITS = ("COMMIT", "END", "PREPARE TRANSACTION", "XA ")
@@ -60,17 +55,6 @@ def is_consequence(error: BaseException) -> bool:
     found = list(codes(error))
     return _IN_FAILED_TRANSACTION in found or (
         _NO_SAVEPOINT in found and "SAVEPOINT" in str(error)
-    )
-
-
-def is_refusal(context: ExceptionContext) -> bool:
-    """Return whether the database answered a COMMIT, and answered no."""
-    error = context.sqlalchemy_exception or context.original_exception
-    return (
-        isinstance(error, DBAPIError)
-        and not context.is_disconnect
-        and not error.connection_invalidated
-        and not any(code.startswith(_OPEN) for code in codes(error))
     )
 
 

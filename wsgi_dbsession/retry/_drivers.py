@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sqlalchemy import Connection
-
-# The execution option of engines whose server refuses all writes, whatever the database.
-_READ_ONLY = "wsgi_dbsession_read_only"
+from typing import Any
 
 
-def is_marked_read_only(connection: Connection) -> bool:
-    """Return whether the connection's engine is marked as one that cannot write."""
-    return bool(connection.get_execution_options().get(_READ_ONLY))
-
-
-def autocommits(driver: Any) -> bool:
-    """Return whether the driver was told to commit each statement, by whomever."""
-    try:
-        ask = getattr(driver, "get_autocommit", None)
-        if ask is not None:  # PyMySQL, mysqlclient
-            return bool(ask())
-        # psycopg, psycopg2, pg8000, pyodbc, oracledb
-        return getattr(driver, "autocommit", False) is True
-    except Exception:  # it is closed
-        return False
-
-
-def is_read_only(driver: Any) -> bool:
+def refuses_writes(driver: Any) -> bool:
     """Return whether PostgreSQL refuses every write at AUTOCOMMIT on this connection.
 
     Asked of what the server reports by itself, from version 14 on. The execution option

@@ -16,8 +16,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
+from wsgi_dbsession._driver import is_read_only
+
 from ._attempt import attempts
-from ._drivers import is_marked_read_only
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
@@ -48,7 +49,7 @@ def _on_checkout(_: object, __: ConnectionPoolEntry, proxy: PoolProxiedConnectio
 
 def _on_begin(session: Session, _: SessionTransaction, connection: Connection) -> None:
     found = attempts()
-    if found and connection.dialect not in _watched and not is_marked_read_only(connection):
+    if found and connection.dialect not in _watched and not is_read_only(connection):
         _watch(connection.dialect)
     for attempt in found:
         attempt.begin(session, connection)

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 class _AttemptObserver(Observer):
     """Tells an attempt what becomes of its scope."""
 
+    def discarding(self, scope: Scope, cause: str) -> bool:
+        # A page with another status is a success, which is not run again.
+        attempt = _owner_of(scope) if cause.startswith(("status 4", "status 5")) else None
+        return attempt is not None and attempt.is_followed(None)
+
     def commit_failed(self, scope: Scope, failure: BaseException) -> bool:
         attempt = _owner_of(scope)
         return attempt is not None and attempt.will_retry(scope, failure)

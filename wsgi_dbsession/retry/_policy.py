@@ -30,7 +30,6 @@ class Policy(NamedTuple):
     timeout: float
     on: tuple[On, ...]
     retry_connect: bool
-    also: tuple[Callable[[Exception], bool], ...] = ()  # of middleware around this one
 
     def check(self) -> Policy:
         """Return this policy.

@@ -166,7 +166,7 @@ class IsolatedConnection(Connection):
         # Without an exception, it is a precaution after an interruption: a statement that was
         # interrupted calls this itself, with its exception.
         if exception is not None:
-            self.shared.lose()
+            self.shared.loss.break_off()
             super().invalidate(exception)
 
     def close(self) -> None:

@@ -263,8 +263,8 @@ class Isolation:
         for shared in self._unended:
             faults += shared.savepoints.problems
             shared.savepoints.problems.clear()
-            if shared.loss is not None:
-                faults.append(shared.loss)
+            if shared.loss.message is not None:
+                faults.append(shared.loss.message)
         return faults
 
 

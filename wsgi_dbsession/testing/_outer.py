@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, func, select
+from sqlalchemy.pool import SingletonThreadPool
 
 from wsgi_dbsession._driver import is_aborted
 
@@ -48,6 +51,8 @@ class OuterTransaction:
         # BEGIN.
         self.connection = Connection(engine, _has_events=False)
         self._began = False
+        self._pid = os.getpid()
+        self._thread = threading.get_ident()
 
     def begin(self) -> None:
         """Begin it."""
@@ -68,6 +73,28 @@ class OuterTransaction:
         elif self._dialect == "postgresql":
             self._token = uuid.uuid4().hex
             connection.execute(select(func.pg_catalog.set_config(_SETTING, self._token, False)))
+
+    def is_inherited(self) -> bool:
+        """Return whether it is that of the parent process."""
+        return os.getpid() != self._pid
+
+    def check_place(self) -> None:
+        """Raise if this process or thread must not use the connection."""
+        if self.is_inherited():
+            msg = (
+                "a forked process must not use the connection of its parent's isolation: begin an "
+                "isolation in the child"
+            )
+            raise RuntimeError(msg)
+        if threading.get_ident() != self._thread and isinstance(
+            self.connection.engine.pool, SingletonThreadPool
+        ):
+            msg = (
+                "each thread has its own in-memory SQLite database: share one by "
+                'create_engine("sqlite://", poolclass=StaticPool, '
+                'connect_args={"check_same_thread": False})'
+            )
+            raise RuntimeError(msg)
 
     def has_ended(self) -> bool:
         """Return whether the driver knows of no transaction. False if it cannot tell."""

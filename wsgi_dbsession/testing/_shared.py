@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import threading
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import exc
-from sqlalchemy.pool import SingletonThreadPool
 
-from wsgi_dbsession._place import application_line
-
-from ._deferred import deferred_constraints
+from ._account import Account
+from ._loss import Loss
 from ._outer import OuterTransaction
 from ._savepoints import IsolatedTransaction, Savepoints
-from ._settings import local_settings_of
 from ._statements import ends_transaction, local_settings, looks_read_only
 
 if TYPE_CHECKING:
@@ -34,20 +29,6 @@ if TYPE_CHECKING:
     from ._savepoints import Savepoint
 
 _OVER = "the isolation in which this transaction began is over"
-_LOST = "the connection that the isolation shares was lost, and all that was done on it"
-_HOW = {
-    True: "the outer transaction of the isolation was committed, so the rows that were written in "
-    "it remain in the database: delete them.",
-    False: "the outer transaction of the isolation was rolled back. Rows that were written and "
-    "committed after that remain in the database.",
-    None: "the outer transaction of the isolation has ended. If it was committed, the rows that "
-    "were written in it remain in the database: delete them.",
-}
-_INSTEAD = (
-    "Look for a COMMIT or ROLLBACK in a textual statement, on a cursor or on the driver's "
-    "connection, for executescript() and ON CONFLICT ROLLBACK of SQLite, and for statements of "
-    "MySQL that define tables: call Session.commit() or Session.rollback() instead"
-)
 
 
 class _Thread(threading.local):
@@ -63,26 +44,17 @@ class SharedConnection:
     """
 
     def __init__(self, engine: Engine, wait: float) -> None:
-        self.loss: str | None = None
-        """How the outer transaction was lost, if it was."""
-
         self._wait = wait
         self._turn = threading.Condition()
-        self._thread = threading.get_ident()
-        self._pid = os.getpid()
         self._over = False
-        self._open: list[IsolatedTransaction] = []
         self._here = _Thread()
         self._late: list[Callable[[], None]] = []
-        self._active: IsolatedTransaction | None = None  # whose settings are in force
-        self._unsure: IsolatedTransaction | None = None  # who may have written since `_written`
-        self._written: int | None = None
         self._outer = outer = OuterTransaction(engine)
+        self.savepoints = Savepoints(outer.connection)
+        self.loss = Loss(outer, self.savepoints)
         try:
             outer.begin()
-            self.savepoints = Savepoints(outer.connection)
-            self._deferred = deferred_constraints(outer.connection)
-            self._settings = local_settings_of(outer.connection)
+            self._account = Account(outer, self.savepoints)
         except BaseException:
             outer.end()
             raise
@@ -114,7 +86,7 @@ class SharedConnection:
         """Begin an isolation: the first one, or one in another."""
         with self._turn, self.working(self):
             self._check()
-            self._pause()
+            self._account.pause()
             return self.savepoints.set(None)
 
     def close_level(self, level: Savepoint) -> None:
@@ -123,12 +95,11 @@ class SharedConnection:
             for transaction in self.unended(level):
                 transaction.undone = _OVER
                 self._leave(transaction)
-            if self._outer.connection.invalidated:
-                self.lose()
+            self.loss.look()
             if self._is_usable():
                 # An error of the block comes before the report of a loss.
-                with contextlib.suppress(RuntimeError), self._noticing():
-                    self._pause()
+                with contextlib.suppress(RuntimeError), self.loss.noticing():
+                    self._account.pause()
                     self.savepoints.undo(level)
                     self.savepoints.end(level)
 
@@ -138,13 +109,13 @@ class SharedConnection:
             if level not in self.savepoints.stack:
                 return []
             inner = self.savepoints.stack[self.savepoints.stack.index(level) :]
-            return [each for each in self._open if each.began in inner]
+            return [each for each in self._account.open if each.began in inner]
 
     def end(self) -> None:
         """Roll everything back, and give the connection back to its pool."""
         with self._turn, self.working(self):
             self._over = True
-            if self.loss is None:
+            if self.loss.message is None:
                 self._outer.end()
             else:
                 self._outer.discard()
@@ -166,16 +137,16 @@ class SharedConnection:
             self._check()
             if self._outer.is_aborted():
                 # PostgreSQL accepts nothing but a rollback now, and it is sure to come.
-                self._count()
-                with self._noticing():
+                self._account.count()
+                with self.loss.noticing():
                     self.savepoints.undo(self.savepoints.stack[-1])
                 self.savepoints.stack[-1].failed = True
-            self._pause()
+            self._account.pause()
             transaction.began = self.savepoints.set(transaction)
             transaction.is_open = True
-            self._open.append(transaction)
+            self._account.open.append(transaction)
             try:
-                self._switch(transaction)
+                self._account.switch(transaction)
             except BaseException:
                 self._roll_back(transaction)
                 raise
@@ -184,18 +155,18 @@ class SharedConnection:
         """Fail now if a commit would fail."""
         with self._turn, self.working(transaction):
             self.check(transaction)
-            self._switch(transaction)
-            self._check_deferred(transaction)
+            self._account.switch(transaction)
+            self._account.check_deferred(transaction)
 
     def commit(self, transaction: IsolatedTransaction, *, prepared: bool) -> None:
         """Commit, or roll back and raise."""
         with self._turn, self.working(transaction):
             try:
                 self.check(transaction)
-                self._switch(transaction)
+                self._account.switch(transaction)
                 if not prepared:
-                    self._check_deferred(transaction)
-                self._pause(ending=transaction)
+                    self._account.check_deferred(transaction)
+                self._account.pause(ending=transaction)
                 self.savepoints.commit(transaction)
             except BaseException:
                 self._roll_back(transaction)
@@ -214,10 +185,10 @@ class SharedConnection:
         """Set a savepoint of the application's own."""
         with self._turn, self.working(transaction):
             self.check(transaction)
-            self._switch(transaction)
-            self._count()
+            self._account.switch(transaction)
+            self._account.count()
             savepoint = self.savepoints.set(transaction)
-            self._settings.save(transaction)
+            self._account.settings.save(transaction)
             savepoint.settings = transaction.settings
             return savepoint
 
@@ -227,8 +198,8 @@ class SharedConnection:
         assert transaction is not None
         with self._turn, self.working(transaction):
             self.check(transaction)
-            self._switch(transaction)
-            self._count()
+            self._account.switch(transaction)
+            self._account.count()
             self.savepoints.end(savepoint)
 
     def rollback_savepoint(self, savepoint: Savepoint) -> None:
@@ -263,60 +234,43 @@ class SharedConnection:
                     f"{text.strip()!r}: call Session.commit() or Session.rollback() instead"
                 )
                 raise RuntimeError(msg)
-            self._switch(transaction)
+            self._account.switch(transaction)
             selects = getattr(getattr(statement, "statement", None), "is_select", False)
             if selects or looks_read_only(text):
-                self._doubt(transaction)
+                self._account.doubt(transaction)
             else:
-                self._wrote(transaction)
+                self._account.wrote(transaction)
 
     def before_cursor(self, text: str, parameters: Any) -> None:
         """Look after the settings that a statement is about to make."""
         with self._turn:
-            self._settings.learn(local_settings(text, parameters))
+            self._account.settings.learn(local_settings(text, parameters))
 
     def after_statement(self) -> None:
         """Raise if the statement has ended the outer transaction."""
         with self._turn:
-            self._check_outer()
+            self.loss.check()
 
     def before_driver(self, transaction: IsolatedTransaction) -> None:
         """Expect writes of the application on the driver's connection."""
         with self._turn, self.working(transaction):
             if transaction.is_open and self._is_usable():
-                self._switch(transaction)
-                self._doubt(transaction)
+                self._account.switch(transaction)
+                self._account.doubt(transaction)
 
     def has_written(self, transaction: IsolatedTransaction) -> bool:
         """Return whether it has written something that was not rolled back."""
         with self._turn, self.working(transaction):
             if self._is_usable():
-                self._count()
+                self._account.count()
             return transaction.is_open and self.savepoints.wrote(transaction)
 
-    def lose(self) -> None:
-        """Remember that the connection is broken."""
-        self.loss = self.loss or _LOST
-
-    # -- transactions; call these with the lock held ----------------------------------------------
-
-    def _check_deferred(self, transaction: IsolatedTransaction) -> None:
-        """Fail as COMMIT would: the release of a savepoint checks no deferred constraint.
-
-        :raises sqlalchemy.exc.DBAPIError: one is violated.
-        """
-        self._count()
-        if self.savepoints.wrote(transaction):
-            others = [each for each in self._open if each is not transaction]
-            excused = None
-            if any(self.savepoints.wrote(each) for each in others):
-                excused = sum((each.violations for each in others), Counter[Any]())
-            self._deferred.check(excused)
+    # -- call these with the lock held ------------------------------------------------------------
 
     def _roll_back(self, transaction: IsolatedTransaction) -> None:
         try:
             if self._is_usable():
-                self._pause(ending=transaction)
+                self._account.pause(ending=transaction)
                 self._undo(transaction.began)
         finally:
             self._leave(transaction)
@@ -325,69 +279,24 @@ class SharedConnection:
         owner = savepoint.owner
         assert owner is not None
         if self._is_usable():
-            self._pause(ending=owner)
+            self._account.pause(ending=owner)
             self._undo(savepoint)
             owner.settings = savepoint.settings
-            self._switch(owner)
+            self._account.switch(owner)
 
     def _undo(self, savepoint: Savepoint) -> None:
-        with self._noticing():
+        with self.loss.noticing():
             self.savepoints.roll_back(savepoint, aborted=self._outer.is_aborted())
-
-    # -- who does what; call these with the lock held ---------------------------------------------
-
-    def _switch(self, transaction: IsolatedTransaction) -> None:
-        """Switch to a transaction after others: restore its settings, count its writes."""
-        if self._active is not transaction:
-            self._pause()
-            if not self._outer.is_aborted():
-                self._settings.restore(transaction)
-            self._active = transaction
-
-    def _pause(self, *, ending: IsolatedTransaction | None = None) -> None:
-        """Keep the writes, settings and violations of the transaction that was active."""
-        self._count()
-        active, self._active = self._active, None
-        if active in (None, ending) or not active.is_open:
-            return
-        if not self._outer.is_aborted():
-            self._settings.save(active)
-            if self.savepoints.wrote(active):
-                others = (each.violations for each in self._open if each is not active)
-                active.violations = self._deferred.find() - sum(others, Counter[Any]())
-
-    def _wrote(self, transaction: IsolatedTransaction) -> None:
-        self.savepoints.stack[-1].writers.add(transaction)
-        self._unsure = self._written = None
-
-    def _doubt(self, transaction: IsolatedTransaction) -> None:
-        """Find out later whether it has written: by a function, or on the driver's connection."""
-        if transaction not in self.savepoints.stack[-1].writers and self._unsure is None:
-            if self._written is None and not self._outer.is_aborted():
-                self._written = self._outer.rows_written()
-            self._unsure = transaction
-
-    def _count(self) -> None:
-        transaction, self._unsure = self._unsure, None
-        if transaction is not None:
-            if self._outer.is_aborted():
-                self._wrote(transaction)
-                return
-            before, self._written = self._written, self._outer.rows_written()
-            if self._written != before:
-                self.savepoints.stack[-1].writers.add(transaction)
-
-    # -- state; call these with the lock held -----------------------------------------------------
 
     def _leave(self, transaction: IsolatedTransaction) -> None:
         if transaction.is_open:
             transaction.is_open = False
-            self._open.remove(transaction)
+            self._account.open.remove(transaction)
             self._turn.notify_all()
 
     def _others(self) -> list[IsolatedTransaction]:
         me = threading.get_ident()
-        return [each for each in self._open if each.thread != me]
+        return [each for each in self._account.open if each.thread != me]
 
     def _await_turn(self) -> None:
         if not self._turn.wait_for(lambda: not self._others(), self._wait):
@@ -404,56 +313,8 @@ class SharedConnection:
     def _check(self) -> None:
         if self._over:
             raise RuntimeError(_OVER)
-        if os.getpid() != self._pid:
-            msg = (
-                "a forked process must not use the connection of its parent's isolation: begin an "
-                "isolation in the child"
-            )
-            raise RuntimeError(msg)
-        if threading.get_ident() != self._thread and isinstance(
-            self._outer.connection.engine.pool, SingletonThreadPool
-        ):
-            msg = (
-                "each thread has its own in-memory SQLite database: share one by "
-                'create_engine("sqlite://", poolclass=StaticPool, '
-                'connect_args={"check_same_thread": False})'
-            )
-            raise RuntimeError(msg)
-        self._check_outer()
-
-    def _check_outer(self) -> None:
-        if self._outer.connection.invalidated:
-            self.lose()
-        elif self.loss is None and self._outer.has_ended():
-            self._find_loss()
-        if self.loss is not None:
-            raise RuntimeError(self.loss)
+        self._outer.check_place()
+        self.loss.check()
 
     def _is_usable(self) -> bool:
-        return self.loss is None and not self._over and os.getpid() == self._pid
-
-    @contextlib.contextmanager
-    def _noticing(self) -> Generator[None]:
-        """Notice that a savepoint is gone, and the outer transaction with it."""
-        try:
-            yield
-        except exc.DBAPIError as error:
-            if self._outer.connection.invalidated:
-                self.lose()
-            else:
-                try:
-                    self.savepoints.undo(self.savepoints.stack[0])
-                except exc.DBAPIError:
-                    self._find_loss()
-                else:
-                    self.loss = (
-                        "a savepoint of the isolation is gone. "
-                        f"This was noticed at {application_line()}. "
-                        "A textual ROLLBACK TO SAVEPOINT or RELEASE SAVEPOINT removes those that "
-                        "were set later: call Session.begin_nested() instead"
-                    )
-            raise RuntimeError(self.loss) from error
-
-    def _find_loss(self) -> None:
-        how = _HOW[self._outer.was_committed()]
-        self.loss = f"{how} This was noticed at {application_line()}. {_INSTEAD}"
+        return self.loss.message is None and not self._over and not self._outer.is_inherited()

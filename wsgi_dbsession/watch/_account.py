@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from ._guard import Guard
     from ._here import Here
     from ._holder import AnyPool
-    from ._line import Line
     from ._records import Ended, Place
 
 _LAST = 100  # how many ended scopes are kept
@@ -56,7 +55,7 @@ class Account:
         self.waiting: set[Hold] = set()
         self.reads = Reads()
         self.last: deque[Work] = deque(maxlen=_LAST)
-        self.spots: dict[Line | None, Spot] = {}
+        self.spots: dict[tuple[int, int] | None, Spot] = {}
         self.renew()
 
     def renew(self) -> None:
@@ -147,12 +146,14 @@ class Account:
         with self.lock:
             self.last.append(work)
             self.retries += work.attempt > 1
-            if work.line in self.spots:
-                self.spots[work.line].add(work)
+            # Not the code itself: it would be hashed each time. The spot keeps it, and so its id.
+            key = None if work.line is None else (id(work.line[0]), work.line[1])
+            if key in self.spots:
+                self.spots[key].add(work)
             else:
                 if len(self.spots) >= _MOST_SPOTS:
                     del self.spots[min(self.spots.items(), key=_longest)[0]]
-                self.spots[work.line] = Spot(work)
+                self.spots[key] = Spot(work)
         for callback in self.callbacks:
             try:
                 callback(work.show())

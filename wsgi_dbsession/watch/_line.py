@@ -14,11 +14,11 @@ import sqlalchemy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import FrameType
+    from types import CodeType, FrameType
     from typing import TypeAlias
 
-Line: TypeAlias = tuple[str, int, str]
-"""File, number, function."""
+Line: TypeAlias = "tuple[CodeType, int]"
+"""A function and an instruction: to look for the number costs more than the rest."""
 
 # What a file belongs to.
 APPLICATION, LIBRARY, SQLALCHEMY, PYTHON, OURS = range(5)
@@ -54,7 +54,7 @@ class LineFinder:
                 kinds[frame.f_code.co_filename] == APPLICATION
                 and kinds[_get_frame(depth - 1).f_code.co_filename] == SQLALCHEMY
             ):
-                return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
+                return frame.f_code, frame.f_lasti
         except (KeyError, ValueError):  # not seen before; not so deep
             pass
         line, steps = self.search(_get_frame(1))
@@ -78,10 +78,10 @@ class LineFinder:
             if kind is None:
                 kind = self._kinds[code.co_filename] = kind_of(code.co_filename)
             if kind == APPLICATION:
-                return (code.co_filename, frame.f_lineno, code.co_name), steps
+                return (code, frame.f_lasti), steps
             if library is None:
                 if kind == LIBRARY:
-                    library = code.co_filename, frame.f_lineno, code.co_name
+                    library = code, frame.f_lasti
             elif kind == OURS:
                 # Outside of the middleware is the server, which may be started by a script.
                 break
@@ -103,4 +103,8 @@ def kind_of(filename: str) -> int:
 
 def show_line(line: Line | None) -> str:
     """Return a line in the words of a traceback."""
-    return "an unknown line" if line is None else f"{line[0]}:{line[1]} in {line[2]}"
+    if line is None:
+        return "an unknown line"
+    code, instruction = line
+    lines = (number for start, end, number in code.co_lines() if start <= instruction < end)
+    return f"{code.co_filename}:{next(lines, None) or code.co_firstlineno} in {code.co_name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,9 +13,9 @@ from sqlalchemy.pool import NullPool
 from tests.support.models import Base, Note
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sqlalchemy import URL
+
+ROOT = Path(__file__).parents[2]
 
 pytest_plugins = ["pytester"]
 
@@ -252,6 +253,7 @@ def test_workers_of_xdist_do_not_disturb_each_other(
 ) -> None:
     """The isolation is that of the database; SQLite has one writer at a time."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # it may be of this run
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the shop takes its tables from these tests
     shared = database == "one PostgreSQL for all"
     if shared:
         monkeypatch.setenv("SHOP_URL", postgres_url.render_as_string(hide_password=False))

@@ -203,7 +203,7 @@ def test_without_warn_after_nobody_looks(
     with session_scope(registry):
         registry.execute(SELECT)
         assert [holder.state for holder in watch.holders()] == ["idle"]
-        assert guards() == before
+        assert guards() <= before  # those of other tests may end
 
 
 def test_the_thread_ends_when_nobody_holds(

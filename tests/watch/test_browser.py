@@ -72,6 +72,7 @@ def page(browser: Browser) -> Browser:
     """The browser, as it is when it starts."""
     browser.resize(1200, 900)
     browser.prefer(dark=False)
+    browser.open("about:blank")  # the last board, whose server is gone, still asks
     browser.errors.clear()
     browser.requests.clear()
     return browser

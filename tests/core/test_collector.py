@@ -192,7 +192,8 @@ def test_a_thousand_abandoned_blocks_leave_no_scope(sqlite_registry: Registry, w
         work()
         assert alive() <= before + 2
 
-    assert alive() <= before + 2  # the last of them, and the block around it
+    # The last of them, and the block around it, until the context variable is set again.
+    assert alive() <= before + (2 if where == "in a block" else 1)
 
 
 # -- late work ------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Scenario(NamedTuple):
 
 
 ERRORS = (
-    Scenario("exception that nobody handles", "/raise", "rolled back"),
+    Scenario("unhandled exception", "/raise", "rolled back"),
     Scenario("error handler answers 409", "/refuse", "rolled back"),
     Scenario("error handler answers 200", "/apologise", "committed"),
     Scenario("the framework's own 403", "/abort", "rolled back"),

@@ -56,7 +56,7 @@ class Router:
         self.when = when
 
     def reads(self, scope: Scope | None) -> bool | None:
-        """Return whether a scope only reads; None where its method says so, and nobody else."""
+        """Return whether a scope only reads; None where only its method says so."""
         if scope is None:
             return False
         if scope.read_only is not None:

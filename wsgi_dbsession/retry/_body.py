@@ -18,7 +18,7 @@ _IN_MEMORY = 1 << 16  # bytes
 class Body:
     """A ``wsgi.input`` that can be rewound.
 
-    Nothing is read ahead: a body that nobody reads stays where it is. The server's stream gets
+    Nothing is read ahead: an unread body stays where it is. The server's stream gets
     the calls as the application makes them, because some streams refuse other ones.
     """
 

@@ -2,7 +2,7 @@
 
 Not the events of connections, though one of them is for COMMIT: whoever listens to any of them
 slows down every statement of the process, by a sixth for a small one. The methods of a dialect
-that send a COMMIT see the same, also where nobody's Session sends it.
+that send a COMMIT see the same, also where no Session sends it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import TypeAlias
 
-# Weak: a greenlet that nobody resumes any more must be collected, and its connection returned.
+# Weak: a greenlet that is never resumed must be collected, and its connection returned.
 Here: TypeAlias = "int | weakref.ref[Any]"
 
 

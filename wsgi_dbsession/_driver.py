@@ -25,8 +25,7 @@ READ_ONLY = "wsgi_dbsession_read_only"
 
 _INERROR = 3  # PQTRANS_INERROR of libpq, as psycopg and psycopg2 show it
 
-# Keys of `Connection.info`, which lives as long as the driver's connection does.
-_SPOILED = "wsgi_dbsession.spoiled"
+# A key of `Connection.info`, which lives as long as the driver's connection does.
 _CHANGES = "wsgi_dbsession.changes"
 
 _DEADLOCK, _LOCK_TIMEOUT = "1213", "1205"  # of MySQL and MariaDB
@@ -146,7 +145,7 @@ def has_written(connection: Connection) -> bool | None:
         return False
     if is_autocommit(connection):
         # It keeps what was written; but what a read-only one has refused would be lost.
-        return not connection.invalidated and _is_spoiled(connection)
+        return connection.get_transaction() in _spoilers
     if connection.invalidated:
         return None
     driver = _driver_of(connection)
@@ -191,28 +190,16 @@ def _ask(connection: Connection, statement: str) -> Any:
         raise
 
 
-def spoiler(info: dict[Any, Any], transaction: Transaction) -> BaseException | None:
-    """Return the error with which the database ended or aborted a transaction by itself.
-
-    :param info: the ``Connection.info`` of its connection, which may be back in the pool.
-    """
-    found = info.get(_SPOILED)
-    if found is None or found[0]() is not transaction:
-        return None
-    error: BaseException = found[1]
-    return error
-
-
-def _is_spoiled(connection: Connection) -> bool:
-    transaction = connection.get_transaction()
-    return transaction is not None and spoiler(connection.info, transaction) is not None
+# The errors with which the database ended or aborted a transaction by itself.
+_spoilers: weakref.WeakKeyDictionary[Transaction, BaseException] = weakref.WeakKeyDictionary()
+spoiler = _spoilers.get
 
 
 def spoil(connection: Connection, error: BaseException) -> None:
     """Keep the connection's transaction from being committed, even if the error is caught."""
     transaction = connection.get_transaction()
     if transaction is not None:
-        connection.info[_SPOILED] = (weakref.ref(transaction), error)
+        _spoilers[transaction] = error
 
 
 def passed_through(error: BaseException, prefix: str) -> bool:

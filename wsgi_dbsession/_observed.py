@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ._report import describe, describe_path, log
 from ._step import Step
@@ -41,9 +41,6 @@ class Observed(Step):
     observers: tuple[Any, ...]
     """Who looks on."""
 
-    _idle: ClassVar[type]
-    """The base class of observers: its methods do nothing, so they are not called."""
-
     _name: str
 
     @property
@@ -62,17 +59,15 @@ class Observed(Step):
 
         :return: whether one of them has dealt with it.
         """
-        nothing = getattr(self._idle, method)
         dealt_with = False
         for observer in self.observers if to is None else to:
-            call = getattr(observer, method)
-            if getattr(call, "__func__", None) is nothing:
-                continue
-            try:
-                if call(self, *arguments) is True:
-                    dealt_with = True
-            except Exception:
-                log.exception("observer failed in %s(): %r", method, observer, extra=self.extra())
+            if method in observer.hears:
+                try:
+                    if getattr(observer, method)(self, *arguments) is True:
+                        dealt_with = True
+                except Exception:
+                    message = "observer failed in %s(): %r"
+                    log.exception(message, method, observer, extra=self.extra())
         return dealt_with
 
     def extra(self) -> dict[str, object]:

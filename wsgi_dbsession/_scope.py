@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ._hooks import Hook, open_savepoints
 from ._outcome import Unit
@@ -71,6 +71,16 @@ class Observer:
     context of the outcome.
     """
 
+    hears: ClassVar[frozenset[str]] = frozenset()
+    """The methods that a derived class has: only those are called."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        names = (name for name in vars(Observer) if not name.startswith("_"))
+        cls.hears = frozenset(
+            name for name in names if getattr(cls, name) is not getattr(Observer, name)
+        )
+
     def opened(self, scope: Scope) -> None:
         """Look at a scope before the application, or the block, begins."""
 
@@ -105,8 +115,6 @@ class Scope(Unit):
     """
 
     __slots__ = ()
-
-    _idle = Observer
 
     def __repr__(self) -> str:
         return f"<Scope of {self.name} at {id(self):#x}: {self.outcome or 'undecided'}>"

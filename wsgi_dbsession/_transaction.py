@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import Transaction
 
-# With the `Connection.info` of each, which outlives it.
-Transactions: TypeAlias = "list[tuple[dict[Any, Any], Transaction]]"
 Truth: TypeAlias = Literal["rolled back", "unknown", "committed", "partly committed"]
 
 
@@ -131,12 +129,12 @@ class Commit:
         for session in begun:
             session.flush()
         found = {session: _refuse_spoiled(session) for session in begun}
-        two_phase = [session for session in begun if session.twophase]
         try:
-            for session in two_phase:
-                self._prepare(session, found[session])
             for session in begun:
-                if session not in two_phase:
+                if session.twophase:
+                    self._prepare(session, found[session])
+            for session in begun:
+                if not session.twophase:
                     self._commit(session, found[session])
         except BaseException:
             # Before their connections are invalidated: a prepared transaction survives that.
@@ -157,12 +155,12 @@ class Commit:
         if failure is not None:
             raise failure
 
-    def _prepare(self, session: Session, found: Transactions) -> None:
+    def _prepare(self, session: Session, found: list[Transaction]) -> None:
         # prepare() refuses an open savepoint, where commit() releases it with the rest.
         while (savepoint := session.get_nested_transaction()) is not None:
             savepoint.commit()
-        self._failed = [transaction for _, transaction in found]
-        names = [str(getattr(transaction, "xid", "")) for _, transaction in found]
+        self._failed = found
+        names = [str(getattr(transaction, "xid", "")) for transaction in found]
         try:
             session.prepare()
         except BaseException:
@@ -171,8 +169,8 @@ class Commit:
         self._prepared.append((session, names))
         self._refuse_swallowed(found)
 
-    def _commit(self, session: Session, found: Transactions) -> None:
-        self._failed = [transaction for _, transaction in found]
+    def _commit(self, session: Session, found: list[Transaction]) -> None:
+        self._failed = found
         expires = session.expire_on_commit
         if self._final:
             session.expire_on_commit = False
@@ -190,10 +188,10 @@ class Commit:
         self._refuse_swallowed(found)
         self._committed += 1
 
-    def _refuse_swallowed(self, found: Transactions) -> None:
+    def _refuse_swallowed(self, found: list[Transaction]) -> None:
         """Raise if a ``before_commit`` listener has spoiled the transaction without a word."""
-        for info, transaction in found:
-            error = _driver.spoiler(info, transaction)
+        for transaction in found:
+            error = _driver.spoiler(transaction)
             if error is not None:
                 self._spoiled = True
                 raise _refusal(error) from error
@@ -218,7 +216,7 @@ class Commit:
         return "rolled back", "commit failed, rolled back"
 
 
-def _refuse_spoiled(session: Session) -> Transactions:
+def _refuse_spoiled(session: Session) -> list[Transaction]:
     """Raise if the transaction cannot be committed any more, or only a part of it.
 
     After a failed statement, PostgreSQL answers COMMIT with ROLLBACK, and psycopg and psycopg2 do
@@ -229,13 +227,12 @@ def _refuse_spoiled(session: Session) -> Transactions:
     found = connections(session)
     for connection, transaction in found:
         if not connection.invalidated and connection.in_transaction():
-            fairy = connection.connection
-            error = _driver.spoiler(fairy.info, transaction)
-            if error is not None or _driver.is_aborted(fairy.dbapi_connection):
+            error = _driver.spoiler(transaction)
+            if error is not None or _driver.is_aborted(connection.connection.dbapi_connection):
                 raise _refusal(error) from error
     if not session.is_active:
         raise _refusal(None)
-    return [(connection.info, transaction) for connection, transaction in found]
+    return [transaction for _, transaction in found]
 
 
 def _refusal(error: BaseException | None) -> exc.PendingRollbackError:

@@ -359,6 +359,29 @@ def test_at_autocommit_it_is_not_known_whether_something_was_written(
     assert committing.positions[-1] == NOWHERE
 
 
+@pytest.mark.parametrize("driver", ["psycopg", "pg8000"])
+def test_a_time_out_after_autocommit_comes_through(
+    committing: Committing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the next statement on this connection would read the answer that is on its way."""
+
+    def time_out(*_: object) -> None:
+        raise KeyError("timed out")
+
+    fail_with(monkeypatch, "pg_sleep(1)")
+    before = signal.signal(signal.SIGALRM, time_out)
+    connection = committing.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    try:
+        connection.execute(INSERT)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyError, match="timed out"):
+            connection.commit()
+        connection.invalidate()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        connection.close()
+
+
 def test_a_standby_has_no_position(cluster: PostgresCluster, driver: str, keep: Keep) -> None:
     """The primary's address may lead to a server that is being replaced."""
     (standby, *_) = cluster.standbys

@@ -73,6 +73,6 @@ def test_a_fork_without_handlers_is_noticed(
         registry.execute(text("SELECT 1"))
     assert len(watch.ended()) == 1
 
-    monkeypatch.setattr("wsgi_dbsession.watch._account.os.getpid", lambda: -1)
+    monkeypatch.setattr("wsgi_dbsession.watch._account.getpid", lambda: -1)
 
     assert watch.ended() == []

@@ -245,7 +245,7 @@ def test_the_second_of_two_threads_finds_a_guard() -> None:
 
     class Quicker:
         def __enter__(self) -> None:
-            guard._pid = os.getpid()
+            guard.pid = os.getpid()
 
         def __exit__(self, *_: object) -> None:
             pass

@@ -73,12 +73,13 @@ class Commit:
         :param commit: commits in the usual way, which returns no position.
         :return: the position, None if the transaction has written nothing, and
             :data:`NOWHERE` if it may have and the position is not known.
-        :raises BaseException: COMMIT failed. A failure of what follows it is never raised.
+        :raises BaseException: COMMIT failed, or was interrupted, by gevent's Timeout for example.
+            A failure of what follows it is never raised.
         """
         if driver.autocommit:
             # Each statement was a transaction of its own: whether they wrote is not known.
             commit()
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(self._dbapi.Error):
                 return _position(("off", "unknown"), self._row(driver, _AFTER))
             return NOWHERE
         if _is_idle(driver) or is_aborted(driver):
@@ -113,12 +114,12 @@ class Commit:
                 raise
             return NOWHERE
         if self._begin:
-            with contextlib.suppress(Exception):  # the pool will find its connection dead
+            with contextlib.suppress(self._dbapi.Error):  # the pool will find its connection dead
                 driver.commit()
         return _position(known.split()[1:], after)
 
     def _has_committed(self, driver: Any, token: str) -> bool:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(self._dbapi.Error):
             driver.rollback()  # of the transaction for psycopg2
             (known,) = self._row(driver, _WHICH)
             driver.rollback()
@@ -140,9 +141,9 @@ class Commit:
             return row
 
 
-def _pg8000(driver: Any, statement: str) -> Sequence[Any]:
-    row: Sequence[Any] = driver.execute_simple(statement).rows[-1]
-    return row
+def _pg8000(driver: Any, statement: str) -> Any:
+    rows = driver.execute_simple(statement).rows
+    return rows[-1] if rows else None
 
 
 def _position(before: Sequence[Any], after: Sequence[Any] | None) -> Position | None:

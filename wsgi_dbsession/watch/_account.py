@@ -6,15 +6,15 @@ takes no lock: to add to a dictionary and to remove from it needs none.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from datetime import datetime, timezone
+from os import getpid
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from wsgi_dbsession._report import add_note, log
-from wsgi_dbsession._scope import find_scope
+from wsgi_dbsession._step import active_step
 
 from ._here import find_here, thread_frames
 from ._holder import Hold, Spot, Work
@@ -60,7 +60,7 @@ class Account:
 
     def renew(self) -> None:
         """Begin anew, as a process that has just started."""
-        self.pid = os.getpid()
+        self.pid = getpid()
         self.started = datetime.now(timezone.utc)
         self.lock = threading.Lock()
         self.retries = 0
@@ -74,7 +74,7 @@ class Account:
 
     def of_this_process(self) -> Account:
         """Return it, begun anew if a fork ran no handlers of Python, as uWSGI's."""
-        if self.pid != os.getpid():
+        if self.pid != getpid():
             self.renew()
         return self
 
@@ -87,13 +87,12 @@ class Account:
     def asked(self, pool: AnyPool) -> Hold:
         """Open the account of a connection that is asked for."""
         line = self._find_line()
-        scope = find_scope()
+        scope: Scope | None = active_step()
         work: Work | None = None
         if scope is not None:
             info = scope.info
-            if self.key in info:
-                work = info[self.key]
-            else:
+            work = info.get(self.key)
+            if work is None:
                 work = info[self.key] = Work(scope, line)
         here = self._here
         if here is None:
@@ -108,10 +107,15 @@ class Account:
             if other.here == hold.here:
                 return  # SingletonThreadPool: the thread gets again what it holds
             other.end()  # StaticPool: one connection for all, here is its last user
-        hold.start()
         self.holds[key] = hold
-        if self.guard is not None:
-            self.guard.wake()
+        hold.since = hold.last = now = monotonic()
+        work = hold.work
+        if work is not None:
+            work.waited += now - hold.asked
+            work.connections += 1
+        guard = self.guard
+        if guard is not None and guard.pid != getpid():
+            guard.wake()
 
     def timed_out(self, hold: Hold, error: exc.TimeoutError) -> None:
         """Name the holders in the error, and in the log."""
@@ -137,34 +141,36 @@ class Account:
 
     # -- scopes -----------------------------------------------------------------------------------
 
-    def closed(self, scope: Scope) -> None:
-        """Close the account of a scope, if it has one."""
-        work: Work | None = scope.info.pop(self.key, None)
-        if work is None:
-            return
+    def close(self, work: Work, scope: Scope) -> None:
+        """Close the account of a scope."""
         work.end(scope)
-        with self.lock:
-            self.last.append(work)
-            self.retries += work.attempt > 1
-            # Not the code itself: it would be hashed each time. The spot keeps it, and so its id.
-            key = None if work.line is None else (id(work.line[0]), work.line[1])
-            if key in self.spots:
-                self.spots[key].add(work)
-            else:
-                if len(self.spots) >= _MOST_SPOTS:
-                    del self.spots[min(self.spots.items(), key=_longest)[0]]
-                self.spots[key] = Spot(work)
+        self.last.append(work)
+        line = work.line
+        # Not the code itself: it would be hashed each time. The spot keeps it, and so its id.
+        key = None if line is None else (id(line[0]), line[1])
+        spot = self.spots.get(key)
+        if spot is not None:
+            spot.add(work)
+        else:
+            self._open_spot(key, work)
+        if work.attempt > 1:
+            with self.lock:
+                self.retries += 1
         for callback in self.callbacks:
             try:
                 callback(work.show())
             except Exception:
                 log.exception("on_end callback failed: %r", callback)
 
+    def _open_spot(self, key: tuple[int, int] | None, work: Work) -> None:
+        with self.lock:
+            if len(self.spots) >= _MOST_SPOTS:
+                del self.spots[min(self.spots.items(), key=_longest)[0]]
+            self.spots[key] = Spot(work)
+
     def show_ended(self) -> list[Ended]:
         """Return the last scopes, the last one first."""
-        with self.lock:
-            works = list(self.last)
-        return [work.show() for work in reversed(works)]
+        return [work.show() for work in reversed(list(self.last))]
 
     def show_places(self) -> list[Place]:
         """Return the lines that scopes first asked at, the one with the longest time first."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
+from os import getpid
 from typing import TYPE_CHECKING
 
 from wsgi_dbsession._report import log
@@ -38,21 +38,20 @@ class Guard:
         self._holds = holds
         self._period = min(max(warn_after / 4, 0.01), 1.0)
         self._warned: set[tuple[str, Line | None]] = set()
-        self._pid = 0
+        self.pid = 0  # of the process whose thread looks on
         self._lock = threading.Lock()
 
     def wake(self) -> None:
-        """Look on from now on, if no thread does."""
-        if self._pid != os.getpid():
-            with self._lock:
-                if self._pid != os.getpid():
-                    self._pid = os.getpid()
-                    name = "wsgi_dbsession.watch"
-                    threading.Thread(target=self._run, name=name, daemon=True).start()
+        """Look on from now on, if no thread of this process does."""
+        with self._lock:
+            if self.pid != getpid():
+                self.pid = getpid()
+                name = "wsgi_dbsession.watch"
+                threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def renew(self) -> None:
         """Be that of a new process, whatever the parent's threads were about to do."""
-        self._pid = 0
+        self.pid = 0
         self._lock = threading.Lock()
 
     def _run(self) -> None:
@@ -65,7 +64,7 @@ class Guard:
             long = [hold for hold in holds if now - hold.since > self.warn_after]
             if long:
                 self._look(long, now, thread_frames())
-        self._pid = 0
+        self.pid = 0
         # Somebody may have got a connection before that line, and found a thread.
         if self._holds():
             self.wake()

@@ -64,10 +64,10 @@ class Work:
     )
 
     request: tuple[Any, ...] | None
-    """Its method and path once it has ended; None before, and for a block."""
+    """Once it has ended: its method and path, None for a block."""
 
     block: str
-    """The name of the block, once it has ended."""
+    """Once it has ended: the name of the block."""
 
     ended: float
     """When it ended, in seconds since 1970; 0 before."""
@@ -79,8 +79,6 @@ class Work:
         self.held = self.busy = self.waited = self.ended = 0.0
         self.connections = self.statements = 0
         self.wrote: bool | None = False
-        self.request = None
-        self.block = ""
 
     def end(self, scope: Scope) -> None:
         """Take down what can be known until the scope ends."""
@@ -88,16 +86,18 @@ class Work:
         self.reason = scope.reason
         environ = scope.environ
         # Not the environ itself: it refers to the scope and to the framework's objects.
-        self.request = _request(environ)
-        self.block = scope.name if environ is None else ""
-        found = scope.info if environ is None else environ
+        if environ is None:
+            self.request, self.block, found = None, scope.name, scope.info
+        else:
+            self.request, self.block, found = _request(environ), "", environ
         self.attempt = found.get("wsgi_dbsession.attempt", 1)
         self.ended = time()
 
     def names(self) -> Names:
         """Return what the scope is called."""
-        request, block = self.request, self.block
-        if not self.ended:
+        if self.ended:
+            request, block = self.request, self.block
+        else:
             scope = self.scope()
             if scope is None:
                 return Names(None, None, "a scope that was dropped")
@@ -141,8 +141,9 @@ class Spot:
     def add(self, work: Work) -> None:
         """Count one more."""
         self.scopes += 1
-        self.total += work.held
-        if work.held > self.longest.held:
+        held = work.held
+        self.total += held
+        if held > self.longest.held:
             self.longest = work
 
     def show(self) -> Place:
@@ -192,14 +193,6 @@ class Hold:
         self.wrote: bool | None = False
         self.asked = monotonic()
 
-    def start(self) -> None:
-        """Count from here on: the connection is there."""
-        self.since = self.last = now = monotonic()
-        work = self.work
-        if work is not None:
-            work.waited += now - self.asked
-            work.connections += 1
-
     def give_up(self) -> float:
         """Count the time of a wait that timed out, and return it."""
         waited = monotonic() - self.asked
@@ -214,8 +207,9 @@ class Hold:
             work.held += monotonic() - self.since
             work.busy += self.busy
             work.statements += self.statements
-            if self.wrote is not False:
-                work.wrote = either(work.wrote, self.wrote)
+            wrote = self.wrote
+            if wrote is not False:
+                work.wrote = either(work.wrote, wrote)
 
     def names(self) -> Names:
         """Return who this is."""

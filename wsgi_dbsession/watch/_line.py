@@ -32,33 +32,37 @@ _PYTHON = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
 _PACKAGES = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
 
 
+_MOST = 1000
+
+
 class LineFinder:
     """Finds the line of the application that led to a call.
 
     It is asked for each connection, and to look at a frame costs a thousand instructions. So it
-    looks first where it found the application the last time, and accepts a line there if it
-    calls SQLAlchemy directly.
+    looks first where it found the application the last time, and accepts a line there if it was
+    seen to call SQLAlchemy directly.
     """
 
     def __init__(self) -> None:
         self._depth = 0
         self._kinds: dict[str, int] = {}
+        # By the id of its function, which it keeps: a function itself is slow to look up.
+        self._direct: dict[tuple[int, int], Line] = {}
 
     def find(self) -> Line | None:
         """Return the line of the application that led to the caller."""
-        depth = self._depth
-        kinds = self._kinds
         try:
-            frame = _get_frame(depth)
-            if (
-                kinds[frame.f_code.co_filename] == APPLICATION
-                and kinds[_get_frame(depth - 1).f_code.co_filename] == SQLALCHEMY
-            ):
-                return frame.f_code, frame.f_lasti
+            frame = _get_frame(self._depth)
+            return self._direct[id(frame.f_code), frame.f_lasti]
         except (KeyError, ValueError):  # not seen before; not so deep
             pass
         line, steps = self.search(_get_frame(1))
         self._depth = steps + 1
+        if line is not None and len(self._direct) < _MOST:
+            kinds = self._kinds
+            inside = kinds.get(_get_frame(steps).f_code.co_filename)
+            if kinds[line[0].co_filename] == APPLICATION and inside == SQLALCHEMY:
+                self._direct[id(line[0]), line[1]] = line
         return line
 
     def search(self, frame: FrameType | None) -> tuple[Line | None, int]:

@@ -104,8 +104,10 @@ class Watch(Observer):
         _watches.discard(self)
 
     def closed(self, scope: Scope) -> None:
-        """Close the account of a scope."""
-        self._account.closed(scope)
+        """Close the account of a scope, if it has one."""
+        work = scope.info.pop(self._account.key, None)
+        if work is not None:
+            self._account.close(work, scope)
 
     def _begun(
         self, session: Session, transaction: SessionTransaction, connection: Connection

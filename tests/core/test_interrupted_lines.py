@@ -1,7 +1,8 @@
 """An interruption at any line of the package leaves no scope and no connection behind.
 
-A signal's KeyboardInterrupt may come between any two lines. So each scene below runs once per
-line of the package that it executes, and is interrupted there.
+A signal's KeyboardInterrupt may come between any two lines, and an application's time-out under
+gevent, which may be an ``Exception`` that somebody catches. So each scene below runs once per line
+of the package that it executes, and is interrupted there.
 """
 
 from __future__ import annotations
@@ -45,10 +46,15 @@ PACKAGE = str(Path(wsgi_dbsession.__file__).parent)
 REMAINING = {"_block.py, __exit__: try:"}
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt at one line of the package, counted as they are executed."""
+# Like KeyboardInterrupt, and like `gevent.Timeout(seconds, AppError)`.
+KINDS = [KeyboardInterrupt, pytest.param(AppError, marks=pytest.mark.long)]
 
-    def __init__(self, number: int) -> None:
+
+class Interrupter:
+    """Raises an error at one line of the package, counted as they are executed."""
+
+    def __init__(self, number: int, kind: type[BaseException]) -> None:
+        self.kind = kind
         self.left = number
         self.where = ""
 
@@ -63,7 +69,7 @@ class Interrupter:
                 name, number = frame.f_code.co_filename, frame.f_lineno
                 line = linecache.getline(name, number).strip()
                 self.where = f"{Path(name).name}, {frame.f_code.co_name}: {line}"
-                raise KeyboardInterrupt
+                raise self.kind
         return self.local
 
     def run(self, scene: Callable[[], object]) -> bool:
@@ -72,7 +78,7 @@ class Interrupter:
         sys.settrace(self)
         try:
             scene()
-        except (KeyboardInterrupt, AppError):
+        except (KeyboardInterrupt, Exception):  # what it led to, too
             return False
         finally:
             sys.settrace(before)
@@ -139,6 +145,16 @@ def make_released(registry: Registry) -> Callable[[], object]:
     return lambda: Server().run(wrapped, make_environ())
 
 
+def make_discard(registry: Registry) -> Callable[[], object]:
+    def early() -> None:
+        registry.execute(text("INSERT INTO note (text) VALUES ('a')"))
+        registry.remove()
+
+    wrapped = SessionMiddleware(BODIES["list body"](Program(early)), registry)
+
+    return lambda: Server().run(wrapped, make_environ())
+
+
 SCENES: dict[str, tuple[Callable[[Registry], Callable[[], object]], set[str]]] = {
     "a list": (make_list, set()),
     "a generator": (make_generator, set()),
@@ -147,12 +163,14 @@ SCENES: dict[str, tuple[Callable[[Registry], Callable[[], object]], set[str]]] =
     "a hook": (make_hook, set()),
     "an error": (make_error, set()),
     "a released block": (make_released, set()),
+    "a discard": (make_discard, set()),
 }
 # Each line is a request: these two have few, and the others look in the same way.
 SHORT = ("a list", "a block")
 
 
 @pytest.mark.promise("interrupted lines", "no false success")
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(each, marks=[] if each in SHORT else pytest.mark.long) for each in SCENES],
@@ -162,6 +180,7 @@ def test_an_interruption_at_any_line_leaves_nothing(
     sqlite_registry: Registry,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
+    kind: type[BaseException],
 ) -> None:
     """The scope is not found, its Sessions hold nothing, and the next request is like any other.
 
@@ -197,7 +216,7 @@ def test_an_interruption_at_any_line_leaves_nothing(
     try:
         while where:
             number += 1
-            interrupter = Interrupter(number)
+            interrupter = Interrupter(number, kind)
             # Whatever is left in the context goes with it.
             _, clean = contextvars.Context().run(look, interrupter)
             where = interrupter.where

@@ -1,8 +1,9 @@
 # Needs Python 3.10 or newer and make; everything else is installed into .venv from PyPI.
 #
 #   make demo             run the example application (ONCE=1: its checks only, then end)
-#   make test             two minutes of tests, with coverage, lint, types (ARGS="-k commit": these)
-#   make test-all         the same with all tests: servers, frameworks, clusters, long ones
+#   make test             two minutes of tests (ARGS="-k commit": these)
+#   make test-all         all tests, with coverage: servers, frameworks, clusters, long ones
+#   make lint types       ruff, mypy, pyright
 #   make soak             transfers under faults (MINUTES=60: for longer; SOAK_DB=mariadb: there)
 #   make bench            measure, 10 minutes (QUICK=1: only see that it runs; ARGS=held: one part)
 #   make docs             build the site into build/docs
@@ -15,7 +16,7 @@
 # PYTHON=python3.12 takes another interpreter than python3 (after "make clean").
 
 PYTHON ?= python3
-WORKERS ?= 2
+WORKERS ?=
 ARGS ?=
 MINUTES ?= 2
 SOAK_DB ?= postgres
@@ -35,7 +36,7 @@ endef
 pip_install = -m pip install --quiet --disable-pip-version-check --editable . --group
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all unit unit-all lint types format soak bench docs docs-servers docs-promises release-check tox clean
+.PHONY: help demo test test-all unit-all lint types format soak bench docs docs-servers docs-promises release-check tox clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -43,14 +44,15 @@ help:
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/demo.py $(if $(call yes,$(ONCE)),--once)
 
-test: unit lint types
+# Without coverage, which takes as long as the tests; and with a worker for when others wait.
+test: $(VENV)/.installed-dev
+	$(BIN)/pytest -m first -n $(or $(WORKERS),3) --dist loadgroup $(ARGS)
 
 test-all: unit-all lint types
 
-unit: RING := -m first
-unit unit-all: $(VENV)/.installed-dev
+unit-all: $(VENV)/.installed-dev
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(RING) -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(BIN)/coverage run -m pytest -n $(or $(WORKERS),2) --dist loadgroup $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -76,8 +76,12 @@ def is_refusal(error: BaseException) -> bool:
     return (
         isinstance(error, DBAPIError)
         and not error.connection_invalidated
-        and not any(code.startswith(_OPEN) for code in codes(error))
+        and not _leaves_open(error)
     )
+
+
+def _leaves_open(error: BaseException) -> bool:
+    return any(code.startswith(_OPEN) for code in codes(error))
 
 
 def is_aborted(driver: Any) -> bool:
@@ -149,32 +153,42 @@ def has_written(connection: Connection) -> bool | None:
     if hasattr(driver, "total_changes"):  # SQLite
         changes = connection.info.get(_CHANGES)
         return bool(driver.in_transaction and driver.total_changes != changes)
-    dialect = _dialect(connection)
-    with contextlib.suppress(Exception):
+    names, dialect = _dialect(connection), connection.dialect
+    try:
         # An older server, and what pretends to be one, has no such function: to ask for it would
         # abort the transaction.
-        version: Any = connection.dialect.server_version_info
-        if "PGDialect" in dialect and version >= (13,) and not is_aborted(driver):
-            return bool(_ask(driver, _POSTGRESQL)[0])
-        if "MySQLDialect" in dialect:
-            return _has_written_innodb(driver)
+        version: Any = dialect.server_version_info or ()
+        if "PGDialect" in names and version >= (13,) and not is_aborted(driver):
+            return bool(_ask(connection, _POSTGRESQL)[0])
+        if "MySQLDialect" in names:
+            return _has_written_innodb(connection)
+    except dialect.loaded_dbapi.Error as error:
+        # The connection is lost, which nobody has noticed: COMMIT would have failed.
+        if _leaves_open(error) or dialect.is_disconnect(error, driver, None):
+            return True
     return None
 
 
-def _has_written_innodb(driver: Any) -> bool | None:
-    number = _ask(driver, "SELECT CONNECTION_ID()")[0]
-    for each in _ask(driver, _INNODB)[-1].split("\n---TRANSACTION ")[1:]:
+def _has_written_innodb(connection: Connection) -> bool | None:
+    number = _ask(connection, "SELECT CONNECTION_ID()")[0]
+    status = _ask(connection, _INNODB) or [""]  # a server without InnoDB
+    for each in status[-1].split("\n---TRANSACTION ")[1:]:
         head, mine, _ = each.partition(f" thread id {number}, ")
         if mine:
             return "undo log entries" in head
     return None  # the list is cut after a megabyte
 
 
-def _ask(driver: Any, statement: str) -> Any:
+def _ask(connection: Connection, statement: str) -> Any:
     # The driver's own cursor: no listener of the application is to notice this.
-    with contextlib.closing(driver.cursor()) as cursor:
-        cursor.execute(statement)
-        return cursor.fetchone()
+    try:
+        with contextlib.closing(_driver_of(connection).cursor()) as cursor:
+            cursor.execute(statement)
+            return cursor.fetchone()
+    except BaseException as error:
+        if not isinstance(error, connection.dialect.loaded_dbapi.Error):
+            connection.invalidate()  # the answer is still on its way, see _on_error()
+        raise
 
 
 def spoiler(info: dict[Any, Any], transaction: Transaction) -> BaseException | None:
@@ -224,8 +238,8 @@ def _dialect(connection: Connection) -> list[str]:
     return _names(connection.dialect)
 
 
-def _rolls_back_on_timeout(driver: Any) -> bool:
-    return bool(_ask(driver, "SELECT @@innodb_rollback_on_timeout")[0])
+def _rolls_back_on_timeout(connection: Connection) -> bool:
+    return bool(_ask(connection, "SELECT @@innodb_rollback_on_timeout")[0])
 
 
 def _on_error(context: ExceptionContext) -> None:
@@ -252,7 +266,9 @@ def _on_error(context: ExceptionContext) -> None:
             _CHANGES
         )
     elif "MySQLDialect" in dialect:
-        spoiled = _DEADLOCK in found or (_LOCK_TIMEOUT in found and _rolls_back_on_timeout(driver))
+        spoiled = _DEADLOCK in found or (
+            _LOCK_TIMEOUT in found and _rolls_back_on_timeout(connection)
+        )
     else:
         spoiled = is_aborted(driver) and not connection.in_nested_transaction()
     if spoiled:

@@ -116,7 +116,7 @@ class Start(HeldStart):
         if self.failure is not None and self.status[:1] not in "45":
             raise self.failure
         if not self.released:
-            super().release()
+            self._pass_on()
 
     def write(self, block: bytes, /) -> None:
         """Send a block at once: the write callable of PEP 3333."""

@@ -55,28 +55,25 @@ class Observed(Step):
         """Let the observers of a nested middleware look on too."""
         new = tuple(each for each in dict.fromkeys(observers) if each not in self.observers)
         self.observers += new
-        for observer in new:
-            self._call(observer, "opened")
+        self.tell("opened", to=new)
 
-    def tell(self, method: str, *arguments: object) -> bool:
-        """Call the observers.
+    def tell(self, method: str, *arguments: object, to: tuple[Any, ...] | None = None) -> bool:
+        """Call the observers, or some of them.
 
         :return: whether one of them has dealt with it.
         """
         nothing = getattr(self._idle, method)
-        # Each is called, whatever the one before it returned.
-        return True in [
-            self._call(each, method, *arguments)
-            for each in self.observers
-            if getattr(getattr(each, method), "__func__", None) is not nothing
-        ]
-
-    def _call(self, observer: Any, method: str, *arguments: object) -> object:
-        try:
-            return getattr(observer, method)(self, *arguments)
-        except Exception:
-            log.exception("observer failed in %s(): %r", method, observer, extra=self.extra())
-            return None
+        dealt_with = False
+        for observer in self.observers if to is None else to:
+            call = getattr(observer, method)
+            if getattr(call, "__func__", None) is nothing:
+                continue
+            try:
+                if call(self, *arguments) is True:
+                    dealt_with = True
+            except Exception:
+                log.exception("observer failed in %s(): %r", method, observer, extra=self.extra())
+        return dealt_with
 
     def extra(self) -> dict[str, object]:
         """Return the fields of a log record, for machines."""

@@ -76,7 +76,8 @@ class Unit(Observed):
         observers: tuple[Any, ...] = (),
         name: str = "a request that is over",
     ) -> None:
-        super().__init__()
+        self.in_step = self._settling = False
+        self._innermost = self._token = None
         self.environ = environ
         self.observers = observers
         self.sessions = {}
@@ -87,7 +88,6 @@ class Unit(Observed):
         self._hooks: tuple[Hook, ...] = ()
         self.releases: tuple[Any, ...] = ()  # the released() blocks that are open
         self._discarded: BaseException | None = None
-        self._settling = False
 
     def abandon(self) -> None:
         """Forget everything, in a child process: it is the parent's."""

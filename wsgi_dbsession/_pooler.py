@@ -42,7 +42,9 @@ def is_behind_pooler(driver: Any) -> bool:
 
 def _on_first_connect(driver: Any, _: object) -> None:
     if getattr(driver, "prepare_threshold", None) == _DEFAULT:
-        with contextlib.suppress(Exception):  # what is wrong, the application's statement reports
+        # What is wrong, the application's statement reports. What is no error of psycopg's was
+        # raised into it, such as gevent's Timeout, and its answer is still on its way.
+        with contextlib.suppress(driver.Error):
             if is_behind_pooler(driver):
                 log.warning(_WARNING)
 

@@ -194,9 +194,10 @@ def observers_of(
     """Return those who look on at these registries, each once, after the `first`."""
     found = first
     for registry in registries:
-        if registry.observers:
-            found += registry.observers
-    return found if found is first else tuple(dict.fromkeys(found))
+        for observer in registry.observers:
+            if observer not in found:
+                found += (observer,)
+    return found
 
 
 class observe:  # noqa: N801 - used like contextlib's context managers

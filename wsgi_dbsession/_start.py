@@ -80,8 +80,10 @@ class HeldStart:
 
     def release(self) -> None:
         """Pass the start to the server, unless that has been done."""
-        if self.released:
-            return
+        if not self.released:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
         assert self.status is not None
         self.released = True
         exc_info = self._exc_info

@@ -24,10 +24,9 @@ class Step:
     in_step: bool
     """Whether one of its steps is running; between them, and afterwards, it is refused."""
 
-    def __init__(self) -> None:
-        self.in_step = False
-        self._innermost: Step | None = None
-        self._token: Token[Step | None] | None = None
+    # Set by the class above: an __init__() here would cost each request a call.
+    _innermost: Step | None
+    _token: Token[Step | None] | None
 
     def enter(self) -> None:
         """Start a step: this scope is the current one, in this thread, greenlet and context."""

@@ -111,17 +111,6 @@ class Commit:
         attribute afterwards begins no transaction.
     """
 
-    __slots__ = (
-        "_committed",
-        "_doubtful",
-        "_failed",
-        "_final",
-        "_late",
-        "_prepared",
-        "_sessions",
-        "_spoiled",
-    )
-
     def __init__(self, sessions: Sequence[Session], *, final: bool = False) -> None:
         self._sessions = sessions
         self._final = final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sqlite3
 import threading
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from tests.core.discards import (
     WRITES,
     insert_by_text,
 )
+from tests.support.errors import AppError
 from tests.support.models import Base, Database, Note, make_engine
 from tests.support.wsgi import ask, make_registry
 from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     from sqlalchemy import Engine
+
+    from tests.support.postgres import Admin
 
     Registry = scoped_session[Session]
     Work = Callable[[Registry], None]
@@ -324,6 +328,55 @@ def test_what_was_flushed_is_known_to_be_lost(postgres_registry: Registry) -> No
         with pytest.raises(DBAPIError):
             postgres_registry.execute(text("SELECT 1/0"))
         postgres_registry.remove()
+
+
+def test_a_connection_that_was_lost_unnoticed_is_refused(
+    driver_registry: Registry, postgres_database: Database, postgres_admin: Admin
+) -> None:
+    """The database cannot say whether something was written, but COMMIT would have failed."""
+    with (
+        pytest.raises(RuntimeError, match="cannot commit: a Session was closed at"),
+        session_scope(driver_registry),
+    ):
+        insert_by_text(driver_registry)
+        postgres_admin.terminate()
+        with pytest.raises(DBAPIError):  # out of its ROLLBACK
+            driver_registry.remove()
+
+    assert postgres_database.notes() == []
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "pg8000"])
+def test_a_time_out_while_the_database_is_asked_is_not_swallowed(
+    postgres_database: Database, monkeypatch: pytest.MonkeyPatch, driver: str
+) -> None:
+    """That of gevent reaches the application, and no later statement reads the late answer.
+
+    The bank's soak test found a success that had saved nothing.
+    """
+
+    def time_out(*_: object) -> None:
+        raise AppError
+
+    engine = make_engine(
+        postgres_database.url.set(drivername=f"postgresql+{driver}"), pool_size=1, max_overflow=0
+    )
+    registry = make_registry(engine)
+    monkeypatch.setattr("wsgi_dbsession._driver._POSTGRESQL", "SELECT true FROM pg_sleep(1)")
+    before = signal.signal(signal.SIGALRM, time_out)
+    try:
+        with pytest.raises(AppError), session_scope(registry) as scope:
+            insert_by_text(registry)
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            registry.remove()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with session_scope(registry):
+        assert registry.scalar(text("SELECT 7")) == 7
+    engine.dispose()
+
+    assert (scope.outcome, scope.reason) == ("rollback", "error")
+    assert postgres_database.notes() == []
 
 
 def test_a_lost_connection_leaves_it_unknown(

@@ -95,6 +95,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
 def test_it_fails_if_the_isolation_is_broken(tmp_path: Path, mutation: str) -> None:
     """Each part of the isolation is needed, and its loss is noticed."""

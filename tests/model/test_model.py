@@ -54,7 +54,7 @@ PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "programs"))
 BUDGETS = pytest.mark.parametrize(
     "budget",
     [
-        pytest.param(PROFILE.max_examples // 10, id="some"),
+        pytest.param(PROFILE.max_examples // 20, id="some"),
         pytest.param(PROFILE.max_examples, id="many", marks=pytest.mark.long),
     ],
 )

@@ -168,11 +168,13 @@ class Admin:
         )
         return [gid for (gid,) in rows]
 
-    def forget_prepared(self, server: Server) -> None:
-        """Roll back the database's prepared transactions, which would hold their locks."""
-        with server.connect(self.database) as connection:
-            for gid in self.prepared():
-                connection.execute(sql.SQL("ROLLBACK PREPARED {}").format(sql.Literal(gid)))
+    def forget_prepared(self, connection: psycopg.Connection[Any]) -> None:
+        """Roll back the database's prepared transactions, which would hold their locks.
+
+        :param connection: to that database, in which alone this can be done.
+        """
+        for gid in self.prepared():
+            connection.execute(sql.SQL("ROLLBACK PREPARED {}").format(sql.Literal(gid)))
 
 
 def installation() -> Path:

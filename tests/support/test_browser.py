@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.skipif(find_chromium() is None, reason="NOT RUN: no Chromium is installed"),
+    pytest.mark.long,
     pytest.mark.xdist_group("browser"),
 ]
 

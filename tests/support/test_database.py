@@ -105,7 +105,9 @@ def test_the_server_listens_on_a_unix_socket(postgres_server: postgres.Server) -
     engine.dispose()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signal_number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_no_server_outlives_its_run(signal_number: int) -> None:
     """Ctrl-C or the sudden death of the run ends the server and removes its files."""
     script = (

@@ -242,6 +242,7 @@ def test_a_leak_fails_its_test_and_no_other(shop: pytest.Pytester) -> None:
     assert rows(shop) == 0
 
 
+@pytest.mark.long
 @pytest.mark.promise("nothing remains")
 @pytest.mark.parametrize("database", ["one file for each worker", "one PostgreSQL for all"])
 def test_workers_of_xdist_do_not_disturb_each_other(

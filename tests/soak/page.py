@@ -131,7 +131,8 @@ def _render_servers(results: Results, directory: Path) -> Iterable[str]:
     yield report.prose("""
         "Refused" is a whole response with status 4xx or 5xx: by a view that is wrong on purpose,
         by a lost race, or by a fault. The last two columns are of the workers: the memory of the
-        largest, and how many objects a request left, measured over 200 requests without faults.
+        largest, and how many objects a request left, measured over 200 requests without faults;
+        up to three times, because the first of them may open connections that faults have closed.
     """)
     yield report.table(
         ["server", *TOLD.values(), "logged as unknown", "MB", "objects"],

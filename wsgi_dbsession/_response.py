@@ -41,7 +41,8 @@ def respond(
                 return Response(start, result)
             # An exact list or tuple: a subclass may run code in `__iter__`, or have `close()`.
             finished = kind is list or kind is tuple or _is_file(result, file_wrapper)
-            if finished and start.moment() != "close":
+            # A callable may choose "close"; it is asked for each response.
+            if finished and (isinstance(policy.commit_on, str) or start.moment() != "close"):
                 start.finish()
                 return result
             result = Response(start, result)

@@ -8,7 +8,6 @@ import socket
 import threading
 import weakref
 from datetime import datetime, timezone
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import event
@@ -83,8 +82,7 @@ class Watch(Observer):
                 if bind is not None:
                     self._watch_engine(bind.engine)
             # Other engines: those of get_bind(), or of a later configure().
-            # A function for each: SQLAlchemy 2.0 cannot remove the same one from two classes.
-            listener = partial(self._begun)
+            listener = self._make_listener()
             event.listen(factory.class_, "after_begin", listener)
             self._listeners.append((factory.class_, listener))
         _watches.add(self)
@@ -109,15 +107,20 @@ class Watch(Observer):
         if work is not None:
             self._account.close(work, scope)
 
-    def _begun(
-        self, session: Session, transaction: SessionTransaction, connection: Connection
-    ) -> None:
-        account, pooled = self._account, connection.connection
-        if id(pooled.dbapi_connection) not in account.holds and not pooled.is_detached:
-            # Its pool was not watched when the connection was asked for.
-            hold = account.asked(self._watch_engine(connection.engine))
-            account.backends[id(pooled.dbapi_connection)] = backend_pid(pooled.dbapi_connection)
-            account.got(hold, pooled)
+    def _make_listener(self) -> Callable[..., None]:
+        # One for each class: SQLAlchemy 2.0 cannot remove the same one from two.
+        account, holds = self._account, self._account.holds
+
+        def begun(_: Session, __: SessionTransaction, connection: Connection) -> None:
+            pooled = connection.connection
+            key = id(pooled.dbapi_connection)
+            if key not in holds and not pooled.is_detached:
+                # Its pool was not watched when the connection was asked for.
+                hold = account.asked(self._watch_engine(connection.engine))
+                account.backends[key] = backend_pid(pooled.dbapi_connection)
+                account.got(hold, pooled)
+
+        return begun
 
     def _watch_engine(self, engine: Engine) -> WatchedPool:
         with self._lock:

@@ -25,10 +25,14 @@ READ_ONLY = "wsgi_dbsession_read_only"
 
 _INERROR = 3  # PQTRANS_INERROR of libpq, as psycopg and psycopg2 show it
 
-# A key of `Connection.info`, which lives as long as the driver's connection does.
+# Keys of `Connection.info`, which lives as long as the driver's connection does.
+_SPOILED = "wsgi_dbsession.spoiled"
 _CHANGES = "wsgi_dbsession.changes"
 
-_DEADLOCK, _LOCK_TIMEOUT = "1213", "1205"  # of MySQL and MariaDB
+# With these, MySQL and MariaDB have rolled back the transaction: a deadlock, a row that has
+# changed since it was read (`innodb_snapshot_isolation`), no room for locks.
+_ROLLED_BACK = {"1213", "1020", "1206"}
+_LOCK_TIMEOUT = "1205"  # with this one, if it is told to
 
 # The answer to a COMMIT that leaves open whether it took place: connection exceptions, an operator
 # who ended the server's process, "statement completion unknown", and a node of Galera that lost
@@ -41,6 +45,7 @@ _POSTGRESQL = "SELECT pg_current_xact_id_if_assigned() IS NOT NULL"
 # last look that anyone took at it, up to 0.1 s, so that a write is missing, or an earlier
 # transaction of the same connection is there.
 _INNODB = "SHOW ENGINE INNODB STATUS"
+_ROLLS_BACK_ON_TIMEOUT = "SELECT @@innodb_rollback_on_timeout"
 
 
 def codes(error: BaseException) -> Iterator[str]:
@@ -145,7 +150,9 @@ def has_written(connection: Connection) -> bool | None:
         return False
     if is_autocommit(connection):
         # It keeps what was written; but what a read-only one has refused would be lost.
-        return connection.get_transaction() in _spoilers
+        return not connection.invalidated and bool(
+            spoiler(connection.info, connection.get_transaction())
+        )
     if connection.invalidated:
         return None
     driver = _driver_of(connection)
@@ -190,16 +197,23 @@ def _ask(connection: Connection, statement: str) -> Any:
         raise
 
 
-# The errors with which the database ended or aborted a transaction by itself.
-_spoilers: weakref.WeakKeyDictionary[Transaction, BaseException] = weakref.WeakKeyDictionary()
-spoiler = _spoilers.get
+def spoiler(info: dict[Any, Any], transaction: Transaction | None) -> BaseException | None:
+    """Return the error with which the database ended or aborted a transaction by itself.
+
+    :param info: the ``Connection.info`` of its connection, which may be back in the pool.
+    """
+    found = info.get(_SPOILED)
+    if found is None or transaction is None or found[0]() is not transaction:
+        return None
+    error: BaseException = found[1]
+    return error
 
 
 def spoil(connection: Connection, error: BaseException) -> None:
     """Keep the connection's transaction from being committed, even if the error is caught."""
     transaction = connection.get_transaction()
     if transaction is not None:
-        _spoilers[transaction] = error
+        connection.info[_SPOILED] = (weakref.ref(transaction), error)
 
 
 def passed_through(error: BaseException, prefix: str) -> bool:
@@ -225,10 +239,6 @@ def _dialect(connection: Connection) -> list[str]:
     return _names(connection.dialect)
 
 
-def _rolls_back_on_timeout(connection: Connection) -> bool:
-    return bool(_ask(connection, "SELECT @@innodb_rollback_on_timeout")[0])
-
-
 def _on_error(context: ExceptionContext) -> None:
     """Keep what the error says about the transaction; its later COMMIT does not say it."""
     connection, error = context.connection, context.original_exception
@@ -249,12 +259,11 @@ def _on_error(context: ExceptionContext) -> None:
     found = set(codes(error))
     if "SQLiteDialect" in dialect:
         # INSERT OR ROLLBACK, a full disk: it has ended the transaction, with what was in it.
-        spoiled = not driver.in_transaction and driver.total_changes != connection.info.get(
-            _CHANGES
-        )
+        changes = connection.info.get(_CHANGES)
+        spoiled = not driver.in_transaction and driver.total_changes != changes
     elif "MySQLDialect" in dialect:
-        spoiled = _DEADLOCK in found or (
-            _LOCK_TIMEOUT in found and _rolls_back_on_timeout(connection)
+        spoiled = not found.isdisjoint(_ROLLED_BACK) or (
+            _LOCK_TIMEOUT in found and _ask(connection, _ROLLS_BACK_ON_TIMEOUT)[0]
         )
     else:
         spoiled = is_aborted(driver) and not connection.in_nested_transaction()

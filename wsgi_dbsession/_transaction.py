@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import Transaction
 
+# With the `Connection.info` of each, which outlives it.
+Transactions: TypeAlias = "list[tuple[dict[Any, Any], Transaction]]"
 Truth: TypeAlias = Literal["rolled back", "unknown", "committed", "partly committed"]
 
 
@@ -155,12 +157,12 @@ class Commit:
         if failure is not None:
             raise failure
 
-    def _prepare(self, session: Session, found: list[Transaction]) -> None:
+    def _prepare(self, session: Session, found: Transactions) -> None:
         # prepare() refuses an open savepoint, where commit() releases it with the rest.
         while (savepoint := session.get_nested_transaction()) is not None:
             savepoint.commit()
-        self._failed = found
-        names = [str(getattr(transaction, "xid", "")) for transaction in found]
+        self._failed = [transaction for _, transaction in found]
+        names = [str(getattr(transaction, "xid", "")) for _, transaction in found]
         try:
             session.prepare()
         except BaseException:
@@ -169,8 +171,8 @@ class Commit:
         self._prepared.append((session, names))
         self._refuse_swallowed(found)
 
-    def _commit(self, session: Session, found: list[Transaction]) -> None:
-        self._failed = found
+    def _commit(self, session: Session, found: Transactions) -> None:
+        self._failed = [transaction for _, transaction in found]
         expires = session.expire_on_commit
         if self._final:
             session.expire_on_commit = False
@@ -188,10 +190,10 @@ class Commit:
         self._refuse_swallowed(found)
         self._committed += 1
 
-    def _refuse_swallowed(self, found: list[Transaction]) -> None:
+    def _refuse_swallowed(self, found: Transactions) -> None:
         """Raise if a ``before_commit`` listener has spoiled the transaction without a word."""
-        for transaction in found:
-            error = _driver.spoiler(transaction)
+        for info, transaction in found:
+            error = _driver.spoiler(info, transaction)
             if error is not None:
                 self._spoiled = True
                 raise _refusal(error) from error
@@ -201,7 +203,7 @@ class Commit:
         names = ", ".join(map(repr, self._doubtful))
         prepared = f"; prepared transactions: {names}" if names else ""
         if failure is self._late:
-            return "committed", "committed, but a listener failed afterwards"
+            return "committed", "committed, but something failed afterwards"
         tried = [transaction for transaction in self._failed if not transaction.is_active]
         if self._committed or len(tried) > 1:
             done = self._committed or len(tried) - 1
@@ -216,7 +218,7 @@ class Commit:
         return "rolled back", "commit failed, rolled back"
 
 
-def _refuse_spoiled(session: Session) -> list[Transaction]:
+def _refuse_spoiled(session: Session) -> Transactions:
     """Raise if the transaction cannot be committed any more, or only a part of it.
 
     After a failed statement, PostgreSQL answers COMMIT with ROLLBACK, and psycopg and psycopg2 do
@@ -227,12 +229,13 @@ def _refuse_spoiled(session: Session) -> list[Transaction]:
     found = connections(session)
     for connection, transaction in found:
         if not connection.invalidated and connection.in_transaction():
-            error = _driver.spoiler(transaction)
-            if error is not None or _driver.is_aborted(connection.connection.dbapi_connection):
+            fairy = connection.connection
+            error = _driver.spoiler(fairy.info, transaction)
+            if error is not None or _driver.is_aborted(fairy.dbapi_connection):
                 raise _refusal(error) from error
     if not session.is_active:
         raise _refusal(None)
-    return [transaction for _, transaction in found]
+    return [(connection.info, transaction) for connection, transaction in found]
 
 
 def _refusal(error: BaseException | None) -> exc.PendingRollbackError:

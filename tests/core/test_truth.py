@@ -198,7 +198,7 @@ def test_a_listener_that_fails_afterwards_does_not_undo_it(
     assert scope.failure is caught.value
     assert hooks == ["commit"]
     assert postgres_database.notes() == ["a"]
-    assert "session_scope: committed, but a listener failed afterwards" in caplog.text
+    assert "session_scope: committed, but something failed afterwards" in caplog.text
 
 
 def test_a_hook_may_work_after_that(postgres_database: Database) -> None:

@@ -15,7 +15,7 @@ EXPLANATIONS = (
     "commit failed, rolled back",
     "connection lost during COMMIT, outcome unknown",
     "partly committed",
-    "committed, but a listener failed afterwards",
+    "committed, but something failed afterwards",
 )
 
 

@@ -88,8 +88,10 @@ class Audit:
         if transfer.repeats:
             if not times or not (transfer.told == "success" or transfer.took_effect):
                 self._violate("repeated until it had an answer, and no transfer", transfer)
-        elif transfer.told == "refusal" and times and not self.journal.is_open(transfer.token):
-            self._violate("refusal, but the transfer is there", transfer)
+        elif transfer.told == "refusal" and times:
+            token = transfer.token
+            if not self.journal.is_open(token) and not self.journal.is_told(token):
+                self._violate("refusal, but the transfer is there", transfer)
 
     def _check_hooks(self, transfer: Transfer) -> None:
         token, times = transfer.token, self.applied[transfer.token]

@@ -76,6 +76,10 @@ class Journal:
             for line in self.lines.get(token, ())
         )
 
+    def is_told(self, token: str) -> bool:
+        """Return whether the log says that the commit took place, and something failed then."""
+        return self.count(token, "log", "commit") > 0
+
     def text(self, token: str) -> list[str]:
         """Return the lines about a token, to be read."""
         return [

@@ -72,14 +72,12 @@ class Observer:
     """
 
     hears: ClassVar[frozenset[str]] = frozenset()
-    """The methods that a derived class has: only those are called."""
+    """The methods that a class has, found when it is made: only those are called."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        names = (name for name in vars(Observer) if not name.startswith("_"))
-        cls.hears = frozenset(
-            name for name in names if getattr(cls, name) is not getattr(Observer, name)
-        )
+        methods = (item for item in vars(Observer).items() if callable(item[1]))
+        cls.hears = frozenset(name for name, own in methods if getattr(cls, name) is not own)
 
     def opened(self, scope: Scope) -> None:
         """Look at a scope before the application, or the block, begins."""

@@ -495,3 +495,24 @@ def test_the_scope_is_found_where_there_is_one(sqlite_registry: Registry) -> Non
             assert inner.outer is outer
         assert find_scope() is outer
     assert find_scope() is None
+
+
+def test_the_methods_of_a_base_class_are_called(sqlite_registry: Registry) -> None:
+    """It may be one that is no Observer, and a class in between may have others."""
+    heard: list[str] = []
+
+    class Closing:
+        def closed(self, scope: Scope) -> None:
+            heard.append("closed")
+
+    class Opening(Observer):
+        def opened(self, scope: Scope) -> None:
+            heard.append("opened")
+
+    class Both(Closing, Opening):
+        pass
+
+    with observe(sqlite_registry, Both()), session_scope(sqlite_registry):
+        pass
+
+    assert heard == ["opened", "closed"]

@@ -119,4 +119,6 @@ class Audit:
             self._violate("inner block lost", transfer)
 
     def _saw_death(self, transfer: Transfer) -> bool:
-        return any(transfer.begun <= moment <= transfer.ended + 1 for moment in self.deaths)
+        # A client that hangs up does not know for how long the server goes on with its request.
+        last = transfer.ended + (20 if transfer.hung_up else 1)
+        return any(transfer.begun <= moment <= last for moment in self.deaths)

@@ -72,6 +72,14 @@ def kinds(
             {"told": "silence", "times": 1, "deaths": (10.5,)}, id="killed after the commit"
         ),
         pytest.param(
+            {"told": "cut", "times": 1, "deaths": (20.0,), "hung_up": True},
+            id="killed long after the client had hung up",
+        ),
+        pytest.param(
+            {"told": "refusal", "times": 1, "lines": (*COMMITTED, ("log", "commit"))},
+            id="logged as committed, with an error afterwards",
+        ),
+        pytest.param(
             {"told": "success", "times": 1, "lines": ROLLED_BACK + COMMITTED, "tries": 2},
             id="a second try",
         ),

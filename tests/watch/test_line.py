@@ -118,3 +118,15 @@ def test_the_stack_may_be_less_deep_than_the_last_one() -> None:
     line = finder.find()
 
     assert show_line(line).endswith("in test_the_stack_may_be_less_deep_than_the_last_one")
+
+
+def test_only_so_many_lines_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generated code may have any number; those are found by a search each time."""
+    monkeypatch.setattr(_line, "_MOST", 1)
+    finder = LineFinder()
+
+    for name in ("one", "two", "two"):
+        chain = [(name, f"/srv/{name}.py"), ("execute", ORM)]
+        assert show_line(call(chain, finder.find)) == f"/srv/{name}.py:2 in {name}"
+
+    assert len(finder._direct) == 1

@@ -134,7 +134,11 @@ def render(results: dict[str, Any], directory: Path) -> str:
             f"per cent of what they get without slow readers, pool of {POOL_SIZE}",
             [str(count) for count in counts],
             "slow readers",
-            {name: [cell[1] / row[0][1] * 100 for cell in row] for name, row in rows.items()},
+            {
+                name: [cell[1] / row[0][1] * 100 for cell in row]
+                for name, row in rows.items()
+                if row[0][1]  # else not one of three loads was answered, and there is no share
+            },
         )
         parts.append(f"![{title}]({name})\n")
     parts += [

@@ -169,7 +169,7 @@ def has_written(connection: Connection) -> bool | None:
         if "MySQLDialect" in names:
             return _has_written_innodb(connection)
     except dialect.loaded_dbapi.Error as error:
-        # The connection is lost, which nobody has noticed: COMMIT would have failed.
+        # The connection is lost, and no error has said so yet: COMMIT would have failed.
         if _leaves_open(error) or dialect.is_disconnect(error, driver, None):
             return True
     return None

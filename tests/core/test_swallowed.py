@@ -252,6 +252,18 @@ def test_a_swallowed_change_of_a_row_that_was_read_is_refused(
     assert numbers(accounts) == [0, 1, 0]
 
 
+def test_a_swallowed_lack_of_room_for_locks_is_refused(accounts: Engine) -> None:
+    """InnoDB rolls back the transaction with it; here it is only signalled."""
+    registry = make_registry(accounts)
+
+    with pytest.raises(PendingRollbackError, match="1206"), session_scope(registry):
+        registry.execute(count_up(1))
+        with pytest.raises(DBAPIError):
+            registry.execute(text("SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = 1206"))
+
+    assert numbers(accounts) == [0, 0, 0]
+
+
 def test_a_time_out_is_refused_where_it_rolls_back(mariadb_url: URL, accounts: Engine) -> None:
     """With ``innodb_rollback_on_timeout``; else only the statement is undone."""
     rolls_back = mariadb_url.query["rolls_back"] == "1"

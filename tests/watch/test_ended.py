@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from tests.support.wsgi import ask, make_registry
 from wsgi_dbsession import SessionMiddleware, session_scope
@@ -261,3 +262,39 @@ def test_a_listener_may_return_the_connection(
         registry.execute(SELECT)
 
     assert [ended.connections for ended in watch.ended()] == [2]
+
+
+def test_connections_of_one_scope_are_added_up(
+    engine: Engine, registry: scoped_session[Session], watch: Watch
+) -> None:
+    """Several at once, one after the other, and a wait that timed out."""
+    with session_scope(registry):
+        with engine.connect() as first, engine.connect() as second:
+            first.execute(SELECT)
+            second.execute(text("CREATE TABLE t (x)"))
+            assert [holder.statements for holder in watch.holders()] == [1, 1]
+            with pytest.raises(PoolTimeoutError):
+                engine.connect()
+        for _ in range(2):
+            with engine.connect() as third:
+                third.execute(SELECT)
+
+    (ended,) = watch.ended()
+    assert (ended.connections, ended.statements, ended.wrote) == (4, 4, True)
+    assert ended.waited_s >= 0.05
+    assert 0 < ended.in_statements_s < ended.held_s
+
+
+def test_a_connection_that_is_returned_late_changes_no_record(
+    engine: Engine, registry: scoped_session[Session], watch: Watch
+) -> None:
+    """What has ended is read while others go on."""
+    with session_scope(registry):
+        registry.execute(SELECT)
+        late = engine.connect()
+    (ended,) = watch.ended()
+    late.execute(SELECT)
+    late.close()
+
+    assert watch.ended() == [ended]
+    assert (ended.connections, ended.statements) == (1, 1)

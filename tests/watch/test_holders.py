@@ -184,7 +184,9 @@ def test_what_a_scope_leaves_behind_is_left_over(
     """A connection that outlives its scope is shown with the scope's name."""
     with session_scope(registry, name="careless"):
         connection = engine.connect()
-    (holder,) = watch.holders()
+        connection.execute(SELECT)
+    (holder,), (ended,) = watch.holders(), watch.ended()
+    connection.execute(SELECT)
     connection.close()
 
     assert holder.name == "careless"
@@ -192,8 +194,10 @@ def test_what_a_scope_leaves_behind_is_left_over(
     assert holder.now is None
     assert watch.holders() == []
     # The account of the scope was closed before.
-    assert [ended.held_s for ended in watch.ended()] == [0]
-    assert [place.total_s for place in watch.places()] == [0]
+    assert (ended.connections, ended.statements) == (1, 1)
+    assert ended.held_s > 0
+    assert watch.ended() == [ended]
+    assert [place.total_s for place in watch.places()] == [ended.held_s]
 
 
 def test_a_scope_that_was_dropped_keeps_no_holder(

@@ -7,17 +7,18 @@ takes no lock: to add to a dictionary and to remove from it needs none.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from datetime import datetime, timezone
 from os import getpid
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 from wsgi_dbsession._report import add_note, log
 from wsgi_dbsession._step import active_step
 
 from ._here import find_here, thread_frames
-from ._holder import Hold, Spot, Work
+from ._holder import Hold, Spot, name_of_request
 from ._line import LineFinder, show_line
 from ._show import describe
 from ._statement import Reads
@@ -54,7 +55,7 @@ class Account:
         self.backends: dict[int, int | None] = {}  # likewise
         self.waiting: set[Hold] = set()
         self.reads = Reads()
-        self.last: deque[Work] = deque(maxlen=_LAST)
+        self.last: deque[Hold] = deque(maxlen=_LAST)
         self.spots: dict[tuple[int, int] | None, Spot] = {}
         self.renew()
 
@@ -87,17 +88,18 @@ class Account:
     def asked(self, pool: AnyPool) -> Hold:
         """Open the account of a connection that is asked for."""
         line = self._find_line()
-        scope: Scope | None = active_step()
-        work: Work | None = None
-        if scope is not None:
-            info = scope.info
-            work = info.get(self.key)
-            if work is None:
-                work = info[self.key] = Work(scope, line)
         here = self._here
         if here is None:
             here = self._here = find_here()
-        return Hold(pool, work, line, here())
+        scope: Scope | None = active_step()
+        if scope is None:
+            return Hold(pool, None, None, line, here())
+        info = scope.info
+        first: Hold | None = info.get(self.key)
+        if first is not None:
+            return Hold(pool, first.scope, first, line, here())
+        hold = info[self.key] = Hold(pool, weakref.ref(scope), None, line, here())
+        return hold
 
     def got(self, hold: Hold, connection: PoolProxiedConnection) -> None:
         """Count from here on: the connection is there."""
@@ -109,10 +111,8 @@ class Account:
             other.end()  # StaticPool: one connection for all, here is its last user
         self.holds[key] = hold
         hold.since = hold.last = now = monotonic()
-        work = hold.work
-        if work is not None:
-            work.waited += now - hold.asked
-            work.connections += 1
+        hold.waited = now - hold.asked
+        hold.connections = 1
         guard = self.guard
         if guard is not None and guard.pid != getpid():
             guard.wake()
@@ -141,36 +141,46 @@ class Account:
 
     # -- scopes -----------------------------------------------------------------------------------
 
-    def close(self, work: Work, scope: Scope) -> None:
+    def close(self, hold: Hold, scope: Scope) -> None:
         """Close the account of a scope."""
-        work.end(scope)
-        self.last.append(work)
-        line = work.line
+        hold.outcome = scope.outcome
+        hold.reason = scope.reason
+        environ = scope.environ
+        # Not the environ itself: it refers to the scope and to the framework's objects.
+        hold.called = scope.name if environ is None else name_of_request(environ)
+        hold.attempt = (environ or scope.info).get("wsgi_dbsession.attempt", 1)
+        hold.ended = time()
+        total = hold.total()
+        self.last.append(total)
+        line = total.line
         # Not the code itself: it would be hashed each time. The spot keeps it, and so its id.
         key = None if line is None else (id(line[0]), line[1])
         spot = self.spots.get(key)
-        if spot is not None:
-            spot.add(work)
+        if spot is None:
+            self._open_spot(key, total)
         else:
-            self._open_spot(key, work)
-        if work.attempt > 1:
+            spot.scopes += 1
+            spot.total += total.held
+            if total.held > spot.longest.held:
+                spot.longest = total
+        if total.attempt > 1:
             with self.lock:
                 self.retries += 1
         for callback in self.callbacks:
             try:
-                callback(work.show())
+                callback(total.show())
             except Exception:
                 log.exception("on_end callback failed: %r", callback)
 
-    def _open_spot(self, key: tuple[int, int] | None, work: Work) -> None:
+    def _open_spot(self, key: tuple[int, int] | None, hold: Hold) -> None:
         with self.lock:
             if len(self.spots) >= _MOST_SPOTS:
                 del self.spots[min(self.spots.items(), key=_longest)[0]]
-            self.spots[key] = Spot(work)
+            self.spots[key] = Spot(hold)
 
     def show_ended(self) -> list[Ended]:
         """Return the last scopes, the last one first."""
-        return [work.show() for work in reversed(list(self.last))]
+        return [hold.show() for hold in reversed(list(self.last))]
 
     def show_places(self) -> list[Place]:
         """Return the lines that scopes first asked at, the one with the longest time first."""

@@ -1,15 +1,15 @@
 """Who holds a connection, and for how long: the running account, and what is shown of it.
 
-``Hold`` and ``Work`` are written by the thread or greenlet that uses the connection, and read by
-another while they change: a glimpse may be off by one statement, and no lock is needed.
+A ``Hold`` is written by the thread or greenlet that uses the connection, and read by another
+while it changes: a glimpse may be off by one statement, and no lock is needed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import weakref
+from copy import copy
 from datetime import datetime, timezone
-from time import monotonic, time
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from wsgi_dbsession._report import describe, describe_path
@@ -18,8 +18,11 @@ from ._line import show_line
 from ._records import Ended, Place
 
 if TYPE_CHECKING:
+    import weakref
+
     from _typeshed.wsgi import WSGIEnvironment
 
+    from wsgi_dbsession._observed import Outcome, Reason
     from wsgi_dbsession._scope import Scope
 
     from ._here import Here
@@ -43,75 +46,143 @@ class AnyPool(Protocol):
     name: str
 
 
-class Work:
-    """The account of a scope, from its first connection to its end."""
+class Hold:
+    """The account of one connection, from the moment it is asked for until it is returned.
+
+    That of a scope's first connection is the account of the scope, too.
+    """
 
     __slots__ = (
+        "asked",
         "attempt",
-        "block",
+        "began",
         "busy",
+        "called",
         "connections",
         "ended",
+        "first",
         "held",
+        "here",
+        "last",
         "line",
+        "more",
         "outcome",
+        "pool",
         "reason",
-        "request",
         "scope",
+        "since",
         "statements",
         "waited",
         "wrote",
     )
 
-    request: tuple[Any, ...] | None
-    """Once it has ended: its method and path, None for a block."""
+    since: float
+    """When the connection was there, 0 before."""
 
-    block: str
-    """Once it has ended: the name of the block."""
+    began: float
+    """When the statement began that runs, 0 if none does."""
+
+    last: float
+    """When the last statement ended, or the connection was there."""
+
+    held: float
+    """For how long it was held, 0 before it is returned."""
+
+    first: Hold | None
+    """The account of its scope, if that is another one."""
+
+    more: Hold | None
+    """The scope's other connections that were returned, added up."""
 
     ended: float
-    """When it ended, in seconds since 1970; 0 before."""
+    """When the scope ended, in seconds since 1970; 0 before."""
 
-    def __init__(self, scope: Scope, line: Line | None) -> None:
-        # A scope that is dropped must take its Sessions along, and with them the connection.
-        self.scope = weakref.ref(scope)
+    called: tuple[Any, ...] | str
+    """Once the scope has ended: its method and path, for a block its name."""
+
+    outcome: Outcome | None
+    reason: Reason | None
+    attempt: int
+
+    def __init__(
+        self,
+        pool: AnyPool,
+        scope: weakref.ref[Scope] | None,
+        first: Hold | None,
+        line: Line | None,
+        here: Here,
+    ) -> None:
+        self.pool = pool
+        self.scope = scope  # weak: one that is dropped must take its Sessions along
+        self.first = first
         self.line = line
-        self.held = self.busy = self.waited = self.ended = 0.0
+        self.here = here
+        self.more = None
+        self.since = self.began = self.busy = self.held = self.waited = self.ended = 0.0
         self.connections = self.statements = 0
         self.wrote: bool | None = False
+        self.asked = monotonic()
 
-    def end(self, scope: Scope) -> None:
-        """Take down what can be known until the scope ends."""
-        self.outcome = scope.outcome
-        self.reason = scope.reason
-        environ = scope.environ
-        # Not the environ itself: it refers to the scope and to the framework's objects.
-        if environ is None:
-            self.request, self.block, found = None, scope.name, scope.info
-        else:
-            self.request, self.block, found = _request(environ), "", environ
-        self.attempt = found.get("wsgi_dbsession.attempt", 1)
-        self.ended = time()
+    def give_up(self) -> float:
+        """Count the time of a wait that timed out, and return it."""
+        self.waited = waited = monotonic() - self.asked
+        if self.first is not None:
+            self._add_to(self.first)
+        return waited
+
+    def end(self) -> None:
+        """Count no longer: the connection is returned."""
+        self.held = monotonic() - self.since
+        if self.first is not None:
+            self._add_to(self.first)
+
+    def _add_to(self, first: Hold) -> None:
+        if not first.ended:
+            if first.more is not None:
+                self._add(first.more)
+            self.first = None  # a cycle, otherwise
+            first.more = self
+
+    def _add(self, other: Hold) -> None:
+        self.held += other.held
+        self.busy += other.busy
+        self.waited += other.waited
+        self.connections += other.connections
+        self.statements += other.statements
+        self.wrote = either(self.wrote, other.wrote)
+
+    def total(self) -> Hold:
+        """Return the account of its scope, which ends, with all of its connections."""
+        if self.held and self.more is None:
+            return self
+        total = copy(self)  # its connection may be left over, and in use
+        if self.since and not self.held:
+            total.held = monotonic() - self.since
+        if self.more is not None:
+            total._add(self.more)
+        return total
 
     def names(self) -> Names:
-        """Return what the scope is called."""
-        if self.ended:
-            request, block = self.request, self.block
+        """Return what its scope is called."""
+        if self.scope is None:
+            return NO_SCOPE
+        account = self.first or self
+        if account.ended:
+            called = account.called
         else:
             scope = self.scope()
             if scope is None:
                 return Names(None, None, "a scope that was dropped")
-            request = _request(scope.environ)
-            block = scope.name if request is None else ""
-        if request is None:
-            return Names(None, None, block)
-        method, script, path = request
+            called = scope.name if scope.environ is None else name_of_request(scope.environ)
+        if isinstance(called, str):
+            return Names(None, None, called)
+        method, script, path = called
         environ = {"REQUEST_METHOD": method, "SCRIPT_NAME": script, "PATH_INFO": path}
         name, path = describe(environ), describe_path(environ)
         return Names(name[: -len(path) - 1], path, name)
 
     def show(self) -> Ended:
-        """Return what can be shown of it, once it has ended."""
+        """Return what can be shown of its scope, once that has ended."""
         return Ended(
             **self.names()._asdict(),
             ended=datetime.fromtimestamp(self.ended, timezone.utc),
@@ -127,24 +198,38 @@ class Work:
             line=show_line(self.line),
         )
 
+    def idle(self, now: float) -> float:
+        """Return for how many seconds no statement has run."""
+        return 0.0 if self.began else now - self.last
+
+    def is_left_over(self) -> bool:
+        """Return whether its scope has ended, or was dropped."""
+        if self.scope is None:
+            return False
+        return (self.first or self).ended > 0 or self.scope() is None
+
+    def is_between_steps(self) -> bool:
+        """Return whether its response waits for the server to ask for the next block."""
+        scope = None if self.scope is None else self.scope()
+        return scope is not None and not scope.in_step
+
+    def idle_share(self, now: float) -> float:
+        """Return the share of the time in which no statement ran."""
+        held = now - self.since
+        began = self.began
+        busy = self.busy + (now - began if began else 0.0)
+        return min(1.0, max(0.0, 1 - busy / held)) if held > 0 else 0.0
+
 
 class Spot:
     """The account of all scopes that first asked at one line."""
 
     __slots__ = ("longest", "scopes", "total")
 
-    def __init__(self, work: Work) -> None:
-        self.longest = work
+    def __init__(self, hold: Hold) -> None:
+        self.longest = hold
         self.scopes = 1
-        self.total = work.held
-
-    def add(self, work: Work) -> None:
-        """Count one more."""
-        self.scopes += 1
-        held = work.held
-        self.total += held
-        if held > self.longest.held:
-            self.longest = work
+        self.total = hold.held
 
     def show(self) -> Place:
         """Return what can be shown of it."""
@@ -157,88 +242,8 @@ class Spot:
         )
 
 
-class Hold:
-    """The account of one connection, from the moment it is asked for until it is returned."""
-
-    __slots__ = (
-        "asked",
-        "began",
-        "busy",
-        "here",
-        "last",
-        "line",
-        "pool",
-        "since",
-        "statements",
-        "work",
-        "wrote",
-    )
-
-    since: float
-    """When the connection was there."""
-
-    began: float
-    """When the statement began that runs, 0 if none does."""
-
-    last: float
-    """When the last statement ended, or the connection was there."""
-
-    def __init__(self, pool: AnyPool, work: Work | None, line: Line | None, here: Here) -> None:
-        self.pool = pool
-        self.work = work
-        self.line = line
-        self.here = here
-        self.began = self.busy = 0.0
-        self.statements = 0
-        self.wrote: bool | None = False
-        self.asked = monotonic()
-
-    def give_up(self) -> float:
-        """Count the time of a wait that timed out, and return it."""
-        waited = monotonic() - self.asked
-        if self.work is not None:
-            self.work.waited += waited
-        return waited
-
-    def end(self) -> None:
-        """Add it to the account of its scope, unless that has ended: it is returned."""
-        work = self.work
-        if work is not None and not work.ended:
-            work.held += monotonic() - self.since
-            work.busy += self.busy
-            work.statements += self.statements
-            wrote = self.wrote
-            if wrote is not False:
-                work.wrote = either(work.wrote, wrote)
-
-    def names(self) -> Names:
-        """Return who this is."""
-        return NO_SCOPE if self.work is None else self.work.names()
-
-    def idle(self, now: float) -> float:
-        """Return for how many seconds no statement has run."""
-        return 0.0 if self.began else now - self.last
-
-    def is_left_over(self) -> bool:
-        """Return whether its scope has ended, or was dropped."""
-        return self.work is not None and (self.work.ended > 0 or self.work.scope() is None)
-
-    def is_between_steps(self) -> bool:
-        """Return whether its response waits for the server to ask for the next block."""
-        scope = None if self.work is None else self.work.scope()
-        return scope is not None and not scope.in_step
-
-    def idle_share(self, now: float) -> float:
-        """Return the share of the time in which no statement ran."""
-        held = now - self.since
-        began = self.began
-        busy = self.busy + (now - began if began else 0.0)
-        return min(1.0, max(0.0, 1 - busy / held)) if held > 0 else 0.0
-
-
-def _request(environ: WSGIEnvironment | None) -> tuple[Any, ...] | None:
-    if environ is None:
-        return None
+def name_of_request(environ: WSGIEnvironment) -> tuple[Any, ...]:
+    """Return method and path of a request, as the server gave them."""
     get = environ.get
     return get("REQUEST_METHOD", "?"), get("SCRIPT_NAME", ""), get("PATH_INFO", "")
 

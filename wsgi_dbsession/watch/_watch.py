@@ -103,9 +103,10 @@ class Watch(Observer):
 
     def closed(self, scope: Scope) -> None:
         """Close the account of a scope, if it has one."""
-        work = scope.info.pop(self._account.key, None)
-        if work is not None:
-            self._account.close(work, scope)
+        account = self._account
+        hold = scope.info.pop(account.key, None)
+        if hold is not None:
+            account.close(hold, scope)
 
     def _make_listener(self) -> Callable[..., None]:
         # One for each class: SQLAlchemy 2.0 cannot remove the same one from two.

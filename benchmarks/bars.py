@@ -88,7 +88,8 @@ def render(results: dict[str, Any], directory: Path) -> str:
             Sessions, or more than a hand-written `with Session.begin():` where it uses one,
             counted by `valgrind --tool=callgrind` with SQLite in memory while the garbage
             collector is off. Instructions are not time, but they do not depend on what else the
-            machine does. What is watched, by `wsgi_dbsession.watch` with `warn_after`, is compared
+            machine does. Lookups that miss CPython's cache of attributes, which is chance, are
+            left out. What is watched, by `wsgi_dbsession.watch` with `warn_after`, is compared
             with the same that is not. The first edition is the package at commit
             `{editions.FIRST_COMMIT}`, measured in the same run.
         """),

@@ -45,13 +45,12 @@ class SessionRegistry(ScopedRegistry[Session]):
         """Return the scope's Session, a new one at first."""
         scope = current_scope()
         scope.context = copy_context()
-        try:
-            return scope.sessions[self]
-        except KeyError:
+        session = scope.sessions.get(self)
+        if session is None:
             forget_inherited()
             session = self.createfunc()
             self._keep(scope, session)
-            return session
+        return session
 
     def has(self) -> bool:
         """Return whether the scope has a Session; False outside of any scope."""

@@ -10,11 +10,11 @@ from ._outcome import Unit
 from ._place import calling_line
 from ._released import Released
 from ._report import log
-from ._step import active_step, active_steps
+from ._step import active_step
 from ._transaction import has_written
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from sqlalchemy.orm import Session, SessionTransaction
@@ -34,11 +34,6 @@ def find_scope() -> Scope | None:
     """
     scope: Scope | None = active_step()
     return scope
-
-
-def scopes() -> Iterator[Scope]:
-    """Return the active scopes, from the innermost outwards."""
-    return cast("Iterator[Scope]", active_steps())
 
 
 def current_scope() -> Scope:

@@ -41,7 +41,8 @@ def body_length(is_head: bool, status: str, headers: Headers) -> float:
     for name, value in headers:
         # The length first: this is asked for each header of each stream.
         if len(name) == 14 and name.lower() == "content-length":
-            length = min([length, *map(int, _NUMBER.findall(value))])
+            for number in [value] if value.isdecimal() else _NUMBER.findall(value):
+                length = min(length, int(number))
     return length
 
 

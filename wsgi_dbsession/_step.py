@@ -99,7 +99,7 @@ def active_step() -> Any:
     return step
 
 
-def active_steps() -> Iterator[Step]:
+def scopes() -> Iterator[Any]:
     """Return the active scopes, from the innermost outwards."""
     step = _get()
     while step is not None:

@@ -70,8 +70,9 @@ def connections(session: Session) -> list[tuple[Connection, Transaction]]:
     if transaction is None:
         return []
     # The public way, to listen to after_begin, costs each transaction of each request.
-    entries: list[tuple[Any, ...]] = list(transaction._connections.values())
-    return [entry[:2] for entry in set(entries)]
+    entries: dict[Any, tuple[Any, ...]] = transaction._connections
+    # An entry is there by its connection and by its engine.
+    return [entry[:2] for key, entry in entries.items() if key is entry[0]]
 
 
 def has_written(session: Session) -> bool | None:
@@ -116,8 +117,8 @@ class Commit:
         self._final = final
         self._committed = 0
         self._late: BaseException | None = None  # out of an after_commit listener
-        self._failed: list[Transaction] = []  # of the Session whose COMMIT was the last
-        self._prepared: list[tuple[Session, list[str]]] = []  # and the names of the transactions
+        self._failed: Transactions = []  # of the Session whose COMMIT was the last
+        self._prepared: list[tuple[Session, Transactions]] = []
         self._doubtful: list[str] = []  # of which it is open what becomes
         self._spoiled = False
 
@@ -127,30 +128,32 @@ class Commit:
         :raises BaseException: what SQLAlchemy, a driver or a listener raised; see
             :meth:`explain`. The caller rolls back.
         """
-        begun = [session for session in self._sessions if is_begun(session)]
-        for session in begun:
-            session.flush()
-        found = {session: _refuse_spoiled(session) for session in begun}
+        flushed: list[Session] = []
+        for session in self._sessions:
+            if is_begun(session):
+                session.flush()
+                flushed.append(session)
+        begun = [(session, _refuse_spoiled(session)) for session in flushed]
         try:
-            for session in begun:
+            for session, found in begun:
                 if session.twophase:
-                    self._prepare(session, found[session])
-            for session in begun:
+                    self._prepare(session, found)
+            for session, found in begun:
                 if not session.twophase:
-                    self._commit(session, found[session])
+                    self._commit(session, found)
         except BaseException:
             # Before their connections are invalidated: a prepared transaction survives that.
             for session, _ in self._prepared:
                 undo(session, "rollback")
             raise
         failure: BaseException | None = None
-        for session, names in self._prepared:
+        for session, found in self._prepared:
             # The decision has been made: each is committed, even if another fails.
             try:
-                self._commit(session, found[session])
+                self._commit(session, found)
             except BaseException as error:
                 failure = failure or error
-                self._doubtful += names
+                self._doubtful += _names(found)
                 # Left to whoever resolves it by hand: a rollback now would keep half of the work.
                 undo(session, "invalidate")
         failure = failure or self._late
@@ -161,18 +164,17 @@ class Commit:
         # prepare() refuses an open savepoint, where commit() releases it with the rest.
         while (savepoint := session.get_nested_transaction()) is not None:
             savepoint.commit()
-        self._failed = [transaction for _, transaction in found]
-        names = [str(getattr(transaction, "xid", "")) for _, transaction in found]
+        self._failed = found
         try:
             session.prepare()
         except BaseException:
-            self._doubtful += names
+            self._doubtful += _names(found)
             raise
-        self._prepared.append((session, names))
+        self._prepared.append((session, found))
         self._refuse_swallowed(found)
 
     def _commit(self, session: Session, found: Transactions) -> None:
-        self._failed = [transaction for _, transaction in found]
+        self._failed = found
         expires = session.expire_on_commit
         if self._final:
             session.expire_on_commit = False
@@ -204,7 +206,7 @@ class Commit:
         prepared = f"; prepared transactions: {names}" if names else ""
         if failure is self._late:
             return "committed", "committed, but something failed afterwards"
-        tried = [transaction for transaction in self._failed if not transaction.is_active]
+        tried = [transaction for _, transaction in self._failed if not transaction.is_active]
         if self._committed or len(tried) > 1:
             done = self._committed or len(tried) - 1
             return (
@@ -226,16 +228,21 @@ def _refuse_spoiled(session: Session) -> Transactions:
     nothing. After a deadlock, MariaDB has rolled back and begun anew. After a failed flush,
     SQLAlchemy reports it, but not before others are committed.
     """
-    found = connections(session)
-    for connection, transaction in found:
-        if not connection.invalidated and connection.in_transaction():
-            fairy = connection.connection
+    found: Transactions = []
+    for connection, transaction in connections(session):
+        fairy = connection.connection  # raises if it was invalidated
+        if connection.in_transaction():
             error = _driver.spoiler(fairy.info, transaction)
             if error is not None or _driver.is_aborted(fairy.dbapi_connection):
                 raise _refusal(error) from error
+        found.append((fairy.info, transaction))
     if not session.is_active:
         raise _refusal(None)
-    return [(connection.info, transaction) for connection, transaction in found]
+    return found
+
+
+def _names(found: Transactions) -> list[str]:
+    return [str(getattr(transaction, "xid", "")) for _, transaction in found]
 
 
 def _refusal(error: BaseException | None) -> exc.PendingRollbackError:

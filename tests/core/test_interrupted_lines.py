@@ -29,7 +29,7 @@ from wsgi_dbsession import (
     find_scope,
     session_scope,
 )
-from wsgi_dbsession._scope import scopes
+from wsgi_dbsession._step import scopes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,7 +16,7 @@ from wsgi_dbsession import (
     find_scope,
     session_scope,
 )
-from wsgi_dbsession._scope import scopes
+from wsgi_dbsession._step import scopes
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session

@@ -13,7 +13,8 @@ from sqlalchemy.exc import DBAPIError
 
 from wsgi_dbsession._driver import is_autocommit, is_read_only
 from wsgi_dbsession._report import log
-from wsgi_dbsession._scope import find_scope, scopes
+from wsgi_dbsession._scope import find_scope
+from wsgi_dbsession._step import scopes
 
 from ._commit import Commit
 from ._position import NOWHERE, START, Cookies, Position

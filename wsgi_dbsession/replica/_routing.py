@@ -9,7 +9,8 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from wsgi_dbsession._driver import is_read_only
-from wsgi_dbsession._scope import find_scope, scopes
+from wsgi_dbsession._scope import find_scope
+from wsgi_dbsession._step import scopes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

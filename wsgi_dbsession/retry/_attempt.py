@@ -14,7 +14,7 @@ from wsgi_dbsession._driver import (
     is_read_only,
     is_refusal,
 )
-from wsgi_dbsession._scope import scopes
+from wsgi_dbsession._step import scopes
 
 from ._codes import (
     RETRYABLE_CODES,

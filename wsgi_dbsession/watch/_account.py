@@ -150,7 +150,7 @@ class Account:
         hold.called = scope.name if environ is None else name_of_request(environ)
         hold.attempt = (environ or scope.info).get("wsgi_dbsession.attempt", 1)
         hold.ended = time()
-        total = hold.total()
+        total = hold if hold.held and hold.more is None else hold.total()
         self.last.append(total)
         line = total.line
         # Not the code itself: it would be hashed each time. The spot keeps it, and so its id.

@@ -152,10 +152,11 @@ class Hold:
         self.wrote = either(self.wrote, other.wrote)
 
     def total(self) -> Hold:
-        """Return the account of its scope, which ends, with all of its connections."""
-        if self.held and self.more is None:
-            return self
-        total = copy(self)  # its connection may be left over, and in use
+        """Return the account of its scope, which ends, with all of its connections.
+
+        It is another one: the connection may be left over, and in use.
+        """
+        total = copy(self)
         if self.since and not self.held:
             total.held = monotonic() - self.since
         if self.more is not None:

@@ -178,13 +178,17 @@ class WatchedPool:
         def timed_execute(
             cursor: Any, statement: str, parameters: Any, context: Any = None
         ) -> None:
-            # "Optional DB API Extensions" of PEP 249; most cursors have it, and it is quicker.
-            hold = holds.get(id(getattr(cursor, "connection", None)))
-            if hold is None and context is not None:
-                hold = holds.get(id(context.root_connection.connection.dbapi_connection))
-            if hold is None:
-                execute(cursor, statement, parameters, context)
-                return
+            try:
+                # "Optional DB API Extensions" of PEP 249; most cursors have it, and it is quicker.
+                hold = holds[id(cursor.connection)]
+            except (AttributeError, KeyError):
+                found = None
+                if context is not None:
+                    found = holds.get(id(context.root_connection.connection.dbapi_connection))
+                if found is None:
+                    execute(cursor, statement, parameters, context)
+                    return
+                hold = found
             hold.began = began = monotonic()
             try:
                 execute(cursor, statement, parameters, context)

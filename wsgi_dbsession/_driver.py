@@ -28,6 +28,7 @@ _INERROR = 3  # PQTRANS_INERROR of libpq, as psycopg and psycopg2 show it
 # Keys of `Connection.info`, which lives as long as the driver's connection does.
 _SPOILED = "wsgi_dbsession.spoiled"
 _CHANGES = "wsgi_dbsession.changes"
+_USER = "wsgi_dbsession.user"
 
 # With these, MySQL and MariaDB have rolled back the transaction: a deadlock, a row that has
 # changed since it was read (`innodb_snapshot_isolation`), no room for locks.
@@ -112,8 +113,15 @@ def is_autocommit(connection: Connection) -> bool:
         level = getattr(connection.dialect, "_on_connect_isolation_level", None)
     if level is not None:
         return bool(level == "AUTOCOMMIT")
-    return not (connection.closed or connection.invalidated) and autocommits(
-        _driver_of(connection)
+    if connection.closed or connection.invalidated:
+        return False
+    driver = _driver_of(connection)
+    # sqlite3 begins no transaction then; SQLAlchemy's recipe for it begins one by a listener.
+    return autocommits(driver) or (
+        hasattr(driver, "total_changes")
+        and driver.isolation_level is None
+        and getattr(driver, "autocommit", None) is not False
+        and not connection.dispatch.begin
     )
 
 
@@ -253,7 +261,7 @@ def _on_error(context: ExceptionContext) -> None:
             context.invalidate_pool_on_disconnect = False
         return
     transaction = connection.get_transaction()
-    if transaction is None:
+    if transaction is None or is_autocommit(connection):
         return
     driver = _driver_of(connection)
     found = set(codes(error))
@@ -271,12 +279,21 @@ def _on_error(context: ExceptionContext) -> None:
         spoil(connection, error)
 
 
-def _on_checkout(driver: Any, record: ConnectionPoolEntry, _: object) -> None:
+def _on_checkout(driver: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
     """Remember how much this connection of SQLite has ever written."""
     changes = getattr(driver, "total_changes", None)
+    if changes is None:
+        return
     # A StaticPool gives the same one out twice, in the midst of a transaction.
-    if changes is not None and not driver.in_transaction:
-        record.info[_CHANGES] = changes
+    if driver.in_transaction:
+        if getattr(driver, "autocommit", None) is not False:
+            return
+        # With this, which is new in Python 3.12, sqlite3 is in a transaction always.
+        user = record.info.get(_USER)
+        if user is not None and (other := user()) is not None and other.is_valid:
+            return
+        record.info[_USER] = weakref.ref(proxy)
+    record.info[_CHANGES] = changes
 
 
 event.listen(Engine, "handle_error", _on_error)

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from typing import TypeAlias
 
     from _typeshed import OptExcInfo
@@ -47,44 +47,25 @@ def body_length(is_head: bool, status: str, headers: Headers) -> float:
 
 
 class HeldStart:
-    """A ``start_response`` that keeps the response's start until :meth:`release`.
+    """A ``start_response`` that keeps the response's start; a subclass knows until when.
 
     It does not know the body: a generator holds on to the ``start_response`` it was given, and a
     way from here back to it would keep an abandoned response alive until a collection.
-
-    :param start_response: that of the server.
     """
 
     __slots__ = ("_exc_info", "_server", "_write", "headers", "released", "status")
 
+    # Set by the subclasses: an __init__() here would cost each request a call.
+    status: str | None
     headers: Headers
     """The very list that the application gave: a header appended to it reaches the client."""
 
-    def __init__(self, start_response: StartResponse) -> None:
-        self.status: str | None = None
-        self.released = False
-        self._exc_info: OptExcInfo | None = None
-        self._server = start_response
-
-    def __call__(
-        self, status: str, headers: Headers, exc_info: OptExcInfo | None = None, /
-    ) -> Callable[[bytes], object]:
-        """Keep the start, see "The start_response() Callable" in PEP 3333."""
-        self.status = status
-        self.headers = headers
-        self._exc_info = exc_info
-        if self.released:
-            # Too late to replace it: the server raises, or knows how to.
-            self.released = False
-            self.release()
-        return self.write
-
-    def release(self) -> None:
-        """Pass the start to the server, unless that has been done."""
-        if not self.released:
-            self._pass_on()
+    released: bool
+    _exc_info: OptExcInfo | None
+    _server: StartResponse
 
     def _pass_on(self) -> None:
+        """Pass the start to the server, see "The start_response() Callable" in PEP 3333."""
         assert self.status is not None
         self.released = True
         exc_info = self._exc_info
@@ -96,8 +77,3 @@ class HeldStart:
             self._write = self._server(self.status, self.headers, exc_info)
         finally:
             exc_info = None  # a traceback that refers to this frame is a cycle
-
-    def write(self, block: bytes, /) -> None:
-        """Send a block at once: the write callable of PEP 3333."""
-        self.release()
-        self._write(block)

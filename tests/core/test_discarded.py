@@ -23,7 +23,7 @@ from tests.core.discards import (
     insert_by_text,
 )
 from tests.support.errors import AppError
-from tests.support.models import Base, Database, Note, make_engine
+from tests.support.models import Base, Database, Note, make_engine, without_autocommit
 from tests.support.wsgi import ask, make_registry
 from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
 
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.promise("no silent loss", "discarded")
 HERE = "tests/core/discards.py:"
 
 
-@pytest.fixture(params=["BEGIN recipe", "legacy transactions", "postgres"])
+@pytest.fixture(params=["BEGIN recipe", "legacy transactions", "autocommit=False", "postgres"])
 def stocked(request: pytest.FixtureRequest) -> Iterator[tuple[Registry, Database]]:
     """A registry over a database with one note, on SQLite as in SQLAlchemy's recipe or without."""
     name = "postgres" if request.param == "postgres" else "sqlite"
@@ -51,6 +51,8 @@ def stocked(request: pytest.FixtureRequest) -> Iterator[tuple[Registry, Database
     engine = database.engine
     if request.param == "legacy transactions":
         engine = create_engine(database.url)
+    elif request.param == "autocommit=False":
+        engine = without_autocommit(database.url)
     with database.observer.begin() as connection:
         connection.execute(Note.__table__.insert().values(text="there"))  # type: ignore[attr-defined]
     yield make_registry(engine), database
@@ -440,9 +442,12 @@ def test_autocommit_has_nothing_to_lose(
     engine.dispose()
 
 
-def test_a_shared_connection_keeps_the_account_of_who_began_first() -> None:
+@pytest.mark.parametrize("create", [create_engine, without_autocommit])
+def test_a_shared_connection_keeps_the_account_of_who_began_first(
+    create: Callable[..., Engine],
+) -> None:
     """A StaticPool gives one connection to two Sessions: the later one hides no write."""
-    engine: Engine = create_engine("sqlite://", poolclass=StaticPool)
+    engine = create("sqlite://", poolclass=StaticPool)
     Base.metadata.create_all(engine)
     registry, other = make_registry(engine), make_registry(engine)
 

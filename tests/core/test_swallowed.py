@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, Pending
 
 from tests.core.discards import DISCARDS
 from tests.support.galera import mariadb
-from tests.support.models import Database, Note, make_engine
+from tests.support.models import Database, Note, make_engine, without_autocommit
 from tests.support.wsgi import ask, make_registry
 from wsgi_dbsession import SessionMiddleware, _driver, current_scope, session_scope
 
@@ -123,12 +123,14 @@ def test_the_driver_is_asked_and_not_the_name_of_the_dialect(postgres_database: 
 # -- SQLite ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["BEGIN recipe", "legacy transactions"])
+@pytest.fixture(params=["BEGIN recipe", "legacy transactions", "autocommit=False"])
 def unique(request: pytest.FixtureRequest, sqlite_database: Database) -> Iterator[Registry]:
     """A registry over SQLite, where the note 1 is there already."""
     engine: Engine = sqlite_database.engine
     if request.param == "legacy transactions":
         engine = create_engine(sqlite_database.url)
+    elif request.param == "autocommit=False":
+        engine = without_autocommit(sqlite_database.url)
     with sqlite_database.observer.begin() as connection:
         connection.execute(text("INSERT INTO note VALUES (1, 'there')"))
     yield make_registry(engine)
@@ -160,6 +162,37 @@ def test_where_nothing_was_written_nothing_is_lost(
         insert_or_rollback(unique)
 
     assert sqlite_database.notes() == ["there"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"isolation_level": "AUTOCOMMIT"}, id="AUTOCOMMIT"),
+        pytest.param({"connect_args": {"isolation_level": None}}, id="isolation_level=None"),
+    ],
+)
+def test_where_each_statement_commits_an_error_spoils_nothing(
+    options: dict[str, Any], sqlite_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The application catches it and goes on, as one that looks before it leaps."""
+    engine = create_engine(sqlite_database.url, **options)
+    registry = make_registry(engine)
+    caplog.set_level("INFO")
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        registry.execute(text("INSERT INTO note VALUES (1, 'kept')"))
+        insert_or_rollback(registry)
+        start_response(environ["PATH_INFO"].strip("/"), [])
+        return []
+
+    assert ask(SessionMiddleware(app, registry), path="/201 Created").status == "201 Created"
+    with sqlite_database.observer.begin() as connection:
+        connection.execute(text("DELETE FROM note"))
+    ask(SessionMiddleware(app, registry), "POST", "/404 Not Found")
+
+    assert "except what AUTOCOMMIT has committed" in caplog.text
+    assert sqlite_database.notes() == ["kept"]
+    engine.dispose()
 
 
 # -- MariaDB --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.orm import Session
 
@@ -273,6 +273,24 @@ def test_a_statement_at_autocommit_counts(
     assert run(registry, work) == 1
     assert postgres_database.notes() == ["kept"]
     autocommit.dispose()
+
+
+@pytest.mark.parametrize("with_session", [True, False], ids=["Session", "Connection"])
+def test_sqlite_without_transactions_counts(with_session: bool, sqlite_database: Database) -> None:
+    """``isolation_level=None`` of sqlite3, where no listener begins a transaction."""
+    engine = create_engine(sqlite_database.url, connect_args={"isolation_level": None})
+    registry = make_registry(engine)
+
+    def work() -> None:
+        if with_session:
+            registry.execute(INSERT)
+        else:
+            with engine.connect() as connection:
+                connection.execute(INSERT)
+
+    assert run(registry, work) == 1
+    assert sqlite_database.notes() == ["kept"]
+    engine.dispose()
 
 
 def test_autocommit_of_the_driver_is_seen_when_it_is_switched_on_late(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -80,6 +82,32 @@ def make_engine(url: URL | str, **options: Any) -> Engine:
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+class AlwaysInTransaction(sqlite3.Connection):
+    """What ``autocommit=False`` makes of a connection from Python 3.12 on."""
+
+    autocommit: Any = False
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "isolation_level": None})
+        self.execute("BEGIN")
+
+    def commit(self) -> None:
+        super().commit()
+        self.execute("BEGIN")
+
+    def rollback(self) -> None:
+        super().rollback()
+        self.execute("BEGIN")
+
+
+def without_autocommit(url: URL | str, **options: Any) -> Engine:
+    """Make an engine whose connections are always in a transaction, as PEP 249 has it."""
+    arguments: dict[str, Any] = {"autocommit": False}
+    if sys.version_info < (3, 12):
+        arguments = {"factory": AlwaysInTransaction}
+    return create_engine(url, connect_args=arguments, **options)
 
 
 def make_database(url: URL | str, **options: Any) -> Database:

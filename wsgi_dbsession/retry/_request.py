@@ -29,19 +29,32 @@ class _Start(HeldStart):
 
     __slots__ = ()
 
+    def __init__(self, start_response: StartResponse) -> None:
+        self.status = self._exc_info = None
+        self.released = False
+        self._server = start_response
+
     def __call__(
         self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
     ) -> Callable[[bytes], object]:
         if self.status is not None and exc_info is None:
             self.release()  # a request without a scope: the server refuses a second call
-        return super().__call__(status, headers, exc_info)
+        self.status, self.headers, self._exc_info = status, headers, exc_info
+        if self.released:
+            # Too late to replace it: the server raises, or knows how to.
+            self._pass_on()
+        return self._write_now
 
     def release(self) -> None:
         """Pass the start to the server, as soon as there is one: the attempt is final."""
         if self.status is None:
             self.released = True
-        else:
-            super().release()
+        elif not self.released:
+            self._pass_on()
+
+    def _write_now(self, block: bytes, /) -> None:
+        self.release()
+        self._write(block)
 
 
 class _RequestAttempt(Attempt):

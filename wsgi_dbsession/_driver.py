@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 READ_ONLY = "wsgi_dbsession_read_only"
 """The execution option of an engine whose server refuses all writes."""
 
+_NOTHING: Any = (None, None)
 _INERROR = 3  # PQTRANS_INERROR of libpq, as psycopg and psycopg2 show it
 
 # Keys of `Connection.info`, which lives as long as the driver's connection does.
-_SPOILED = "wsgi_dbsession.spoiled"
 _CHANGES = "wsgi_dbsession.changes"
 _USER = "wsgi_dbsession.user"
 
@@ -159,7 +159,7 @@ def has_written(connection: Connection) -> bool | None:
     if is_autocommit(connection):
         # It keeps what was written; but what a read-only one has refused would be lost.
         return not connection.invalidated and bool(
-            spoiler(connection.info, connection.get_transaction())
+            spoiler(connection, connection.get_transaction())
         )
     if connection.invalidated:
         return None
@@ -205,23 +205,21 @@ def _ask(connection: Connection, statement: str) -> Any:
         raise
 
 
-def spoiler(info: dict[Any, Any], transaction: Transaction | None) -> BaseException | None:
+def spoiler(connection: Connection, transaction: Transaction | None) -> BaseException | None:
     """Return the error with which the database ended or aborted a transaction by itself.
 
-    :param info: the ``Connection.info`` of its connection, which may be back in the pool.
+    :param connection: its connection, which may be closed.
     """
-    found = info.get(_SPOILED)
-    if found is None or transaction is None or found[0]() is not transaction:
-        return None
-    error: BaseException = found[1]
-    return error
+    spoiled, error = getattr(connection, "dbsession_spoiled", _NOTHING)
+    return error if transaction is not None and spoiled is transaction else None
 
 
 def spoil(connection: Connection, error: BaseException) -> None:
     """Keep the connection's transaction from being committed, even if the error is caught."""
     transaction = connection.get_transaction()
     if transaction is not None:
-        connection.info[_SPOILED] = (weakref.ref(transaction), error)
+        # On what ends with the request: an error refers to all that ran.
+        connection.dbsession_spoiled = transaction, error  # type: ignore[attr-defined]
 
 
 def passed_through(error: BaseException, prefix: str) -> bool:

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import Transaction
 
-# With the `Connection.info` of each, which outlives it.
-Transactions: TypeAlias = "list[tuple[dict[Any, Any], Transaction]]"
+Transactions: TypeAlias = "list[tuple[Connection, Transaction]]"
 Truth: TypeAlias = Literal["rolled back", "unknown", "committed", "partly committed"]
 
 
@@ -64,7 +63,7 @@ def is_begun(session: Session) -> bool:
     )
 
 
-def connections(session: Session) -> list[tuple[Connection, Transaction]]:
+def connections(session: Session) -> Transactions:
     """Return the connections of a Session's transaction, and their transactions."""
     transaction: Any = session.get_transaction()
     if transaction is None:
@@ -194,8 +193,8 @@ class Commit:
 
     def _refuse_swallowed(self, found: Transactions) -> None:
         """Raise if a ``before_commit`` listener has spoiled the transaction without a word."""
-        for info, transaction in found:
-            error = _driver.spoiler(info, transaction)
+        for connection, transaction in found:
+            error = _driver.spoiler(connection, transaction)
             if error is not None:
                 self._spoiled = True
                 raise _refusal(error) from error
@@ -228,14 +227,13 @@ def _refuse_spoiled(session: Session) -> Transactions:
     nothing. After a deadlock, MariaDB has rolled back and begun anew. After a failed flush,
     SQLAlchemy reports it, but not before others are committed.
     """
-    found: Transactions = []
-    for connection, transaction in connections(session):
-        fairy = connection.connection  # raises if it was invalidated
+    found = connections(session)
+    for connection, transaction in found:
+        driver = connection.connection.dbapi_connection  # raises if it was invalidated
         if connection.in_transaction():
-            error = _driver.spoiler(fairy.info, transaction)
-            if error is not None or _driver.is_aborted(fairy.dbapi_connection):
+            error = _driver.spoiler(connection, transaction)
+            if error is not None or _driver.is_aborted(driver):
                 raise _refusal(error) from error
-        found.append((fairy.info, transaction))
     if not session.is_active:
         raise _refusal(None)
     return found

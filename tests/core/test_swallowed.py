@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, Pending
 from tests.core.discards import DISCARDS
 from tests.support.galera import mariadb
 from tests.support.models import Database, Note, make_engine, without_autocommit
-from tests.support.wsgi import ask, make_registry
+from tests.support.wsgi import ask, make_environ, make_registry
 from wsgi_dbsession import SessionMiddleware, _driver, current_scope, session_scope
 
 if TYPE_CHECKING:
@@ -152,6 +154,36 @@ def test_sqlite_may_end_the_transaction(unique: Registry, sqlite_database: Datab
         insert_or_rollback(unique)
 
     assert sqlite_database.notes() == ["there"]
+
+
+def test_a_connection_in_the_pool_keeps_nothing_of_it(
+    unique: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error refers to the frames that it passed, and those to all that they used."""
+    caplog.set_level("CRITICAL", "wsgi_dbsession")  # pytest would keep the record
+
+    class Big:
+        pass
+
+    seen: list[weakref.ref[Big]] = []
+
+    def work() -> None:
+        big = Big()
+        seen.append(weakref.ref(big))
+        unique.execute(text("INSERT INTO note (text) VALUES ('lost')"))
+        with contextlib.suppress(IntegrityError):
+            unique.execute(text("INSERT OR ROLLBACK INTO note VALUES (1, 'again')"))
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        work()
+        start_response("200 OK", [])
+        return []
+
+    with pytest.raises(PendingRollbackError):
+        SessionMiddleware(app, unique)(make_environ("POST"), lambda *_: print)
+    gc.collect()
+
+    assert [ref() for ref in seen] == [None]
 
 
 def test_where_nothing_was_written_nothing_is_lost(

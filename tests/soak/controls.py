@@ -195,7 +195,7 @@ def _count_no_bytes() -> None:
 
 def _refuse_no_aborted() -> None:
     _replace(_driver, "is_aborted", lambda driver: False)
-    _replace(_driver, "spoiler", lambda info, transaction: None)
+    _replace(_driver, "spoiler", lambda connection, transaction: None)
 
 
 def _refuse_no_discarded() -> None:

@@ -21,7 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from sqlalchemy import Engine, event
 from sqlalchemy.orm import configure_mappers
+from sqlalchemy.pool import Pool
 
 from benchmarks import editions
 from benchmarks.applications.common import BLOCKS, BY_HAND, NONE, OURS, WATCHED, make_engine
@@ -35,6 +37,14 @@ _MISS = "find_name_in_mro"  # the function of CPython that is called then
 
 REQUESTS = 20
 WARM_UP = 10  # caches fill, the interpreter specialises
+
+
+_LISTENERS: tuple[tuple[str, str, type, str], ...] = (
+    ("_fork", "_on_connect", Pool, "connect"),
+    ("_fork", "_on_checkout", Pool, "checkout"),
+    ("_driver", "_on_checkout", Pool, "checkout"),
+    ("_driver", "_on_error", Engine, "handle_error"),
+)
 
 
 class Row(NamedTuple):
@@ -188,6 +198,8 @@ def _in_child(framework: str, peer: str, path: str, requests: int) -> int:
     if not pid:
         try:
             gc.disable()  # a collection costs more than a request, and may come before
+            if peer in (NONE, BY_HAND):
+                _stop_listening()
             application = make_application(framework, peer, make_engine("sqlite://"))
             for _ in range(WARM_UP):
                 fetch(application, path)
@@ -201,6 +213,15 @@ def _in_child(framework: str, peer: str, path: str, requests: int) -> int:
     if status:
         raise RuntimeError(f"a child ended with status {status}")
     return pid
+
+
+def _stop_listening() -> None:
+    """Let the pools and dialects be as where the package is not imported."""
+    for module, function, target, name in _LISTENERS:
+        # The first edition has not all of them.
+        listener = getattr(sys.modules.get(f"wsgi_dbsession.{module}"), function, None)
+        if listener is not None and event.contains(target, name, listener):
+            event.remove(target, name, listener)
 
 
 def main(framework: str, *, quick: bool) -> None:

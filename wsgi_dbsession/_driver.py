@@ -40,8 +40,14 @@ _LOCK_TIMEOUT = "1205"  # with this one, if it is told to
 # its cluster.
 _OPEN = ("08", "57P", "40003", "1180", "1047")
 
-# Every write takes a transaction ID, a read never does.
-_POSTGRESQL = "SELECT pg_current_xact_id_if_assigned() IS NOT NULL"
+# Every write takes a transaction ID, a read does only if it locks rows (FOR UPDATE). Where rows
+# were locked, and no table as a write does it, it is unknown.
+_POSTGRESQL = """
+    SELECT CASE WHEN pg_current_xact_id_if_assigned() IS NULL THEN false WHEN (
+        SELECT max(CASE mode WHEN 'AccessShareLock' THEN 0 WHEN 'RowShareLock' THEN 1 ELSE 2 END)
+        FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'relation'
+    ) = 1 THEN NULL ELSE true END
+"""
 # Needs the privilege PROCESS. No table has it: information_schema.innodb_trx is as old as the
 # last look that anyone took at it, up to 0.1 s, so that a write is missing, or an earlier
 # transaction of the same connection is there.
@@ -173,7 +179,8 @@ def has_written(connection: Connection) -> bool | None:
         # abort the transaction.
         version: Any = dialect.server_version_info or ()
         if "PGDialect" in names and version >= (13,) and not is_aborted(driver):
-            return bool(_ask(connection, _POSTGRESQL)[0])
+            found: bool | None = _ask(connection, _POSTGRESQL)[0]
+            return found
         if "MySQLDialect" in names:
             return _has_written_innodb(connection)
     except dialect.loaded_dbapi.Error as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.pool import StaticPool
@@ -303,6 +303,52 @@ def test_what_cannot_be_known_is_warned_of_once(
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith("nightly: closed a Session in an open transaction at ")
     assert "test_discarded.py" in record.getMessage()
+
+
+def test_a_row_that_was_only_locked_is_not_called_lost(
+    driver_registry: Registry, postgres_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PostgreSQL gives a lock a transaction ID, as it does a write, so a warning has to do."""
+    with postgres_database.observer.begin() as connection:
+        connection.execute(Note.__table__.insert().values(text="there"))  # type: ignore[attr-defined]
+    lock = select(Note.text).with_for_update(key_share=True)
+
+    with session_scope(driver_registry) as scope:
+        assert driver_registry.scalars(lock).all() == ["there"]
+        driver_registry.remove()
+    with (
+        pytest.raises(RuntimeError, match="what it had written is lost"),
+        session_scope(driver_registry),
+    ):
+        driver_registry.execute(lock)
+        driver_registry.execute(text("UPDATE note SET text = 'lost'"))
+        driver_registry.remove()
+
+    assert scope.outcome == "commit"
+    assert "closed a Session in an open transaction" in caplog.text
+    assert postgres_database.notes() == ["there"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "TRUNCATE note",
+        "CREATE TABLE other (x INT)",
+        "GRANT SELECT ON note TO PUBLIC",
+        "COMMENT ON TABLE note IS 'lost'",
+        "CREATE FUNCTION f() RETURNS INT LANGUAGE sql AS 'SELECT 1'",
+        "SELECT lo_create(0)",
+        "COPY note (text) FROM PROGRAM 'echo lost'",
+    ],
+)
+def test_whatever_postgresql_writes_is_known(statement: str, postgres_registry: Registry) -> None:
+    """Not only rows of tables."""
+    with (
+        pytest.raises(RuntimeError, match="what it had written is lost"),
+        session_scope(postgres_registry),
+    ):
+        postgres_registry.execute(text(statement))
+        postgres_registry.remove()
 
 
 def test_a_failed_flush_leaves_it_unknown(

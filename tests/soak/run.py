@@ -103,7 +103,8 @@ def _rounds(end: float) -> Iterator[int]:
 
 
 def _set_up(server: str, database: Database, number: int, seed: int, seconds: float) -> Setup:
-    driver = database.drivers[number % len(database.drivers)]
+    turn = seed + number  # short runs must not all begin with the same
+    driver = database.drivers[turn % len(database.drivers)]
     if driver in BLOCKING and BY_NAME[server].at_once == "greenlets":
         driver = database.drivers[0]
     return segment.Setup(
@@ -115,7 +116,7 @@ def _set_up(server: str, database: Database, number: int, seed: int, seconds: fl
         MOST,
         FAULTS,
         driver=driver,
-        isolation=database.isolations[number % len(database.isolations)],
+        isolation=database.isolations[turn % len(database.isolations)],
         pause=0.8 if seconds < LONGEST else 1.6,
     )
 

@@ -125,7 +125,7 @@ def is_autocommit(connection: Connection) -> bool:
     # sqlite3 begins no transaction then; SQLAlchemy's recipe for it begins one by a listener.
     return autocommits(driver) or (
         hasattr(driver, "total_changes")
-        and driver.isolation_level is None
+        and getattr(driver, "isolation_level", "") is None
         and getattr(driver, "autocommit", None) is not False
         and not connection.dispatch.begin
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -220,6 +221,29 @@ def test_each_way_to_run_a_statement_counts(
 
     with session_scope(registry):
         run(registry.connection())
+
+    assert [ended.statements for ended in watch.ended()] == [1]
+
+
+def test_a_driver_whose_cursors_name_no_connection_counts(
+    make_engine: Callable[..., Engine], make_watch: Callable[..., Watch]
+) -> None:
+    """The attribute is optional in PEP 249."""
+
+    class Cursor(sqlite3.Cursor):
+        @property
+        def connection(self) -> Any:
+            raise AttributeError("connection")
+
+    class Connection(sqlite3.Connection):
+        def cursor(self, *_: Any) -> Any:
+            return super().cursor(Cursor)
+
+    registry = make_registry(make_engine(connect_args={"factory": Connection}))
+    watch = make_watch(registry)
+
+    with session_scope(registry):
+        registry.execute(SELECT)
 
     assert [ended.statements for ended in watch.ended()] == [1]
 

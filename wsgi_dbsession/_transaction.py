@@ -152,7 +152,7 @@ class Commit:
                 self._commit(session, found)
             except BaseException as error:
                 failure = failure or error
-                self._doubtful += _names(found)
+                self._doubtful += _gids(found)
                 # Left to whoever resolves it by hand: a rollback now would keep half of the work.
                 undo(session, "invalidate")
         failure = failure or self._late
@@ -167,7 +167,7 @@ class Commit:
         try:
             session.prepare()
         except BaseException:
-            self._doubtful += _names(found)
+            self._doubtful += _gids(found)
             raise
         self._prepared.append((session, found))
         self._refuse_swallowed(found)
@@ -239,7 +239,7 @@ def _refuse_spoiled(session: Session) -> Transactions:
     return found
 
 
-def _names(found: Transactions) -> list[str]:
+def _gids(found: Transactions) -> list[str]:
     return [str(getattr(transaction, "xid", "")) for _, transaction in found]
 
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 READ_ONLY = "wsgi_dbsession_read_only"
 """The execution option of an engine whose server refuses all writes."""
 
-_NOTHING: Any = (None, None)
 _INERROR = 3  # PQTRANS_INERROR of libpq, as psycopg and psycopg2 show it
 
 # Keys of `Connection.info`, which lives as long as the driver's connection does.
@@ -61,10 +60,8 @@ def codes(error: BaseException) -> Iterator[str]:
     :param error: an exception of SQLAlchemy, or of the driver.
     """
     original: Any = error.orig if isinstance(error, DBAPIError) else error
-    for name in (
-        "sqlstate",  # psycopg, asyncpg, mysql-connector
-        "pgcode",  # psycopg2
-    ):
+    # psycopg, asyncpg and mysql-connector; psycopg2
+    for name in ("sqlstate", "pgcode"):
         code = getattr(original, name, None)
         if isinstance(code, str):
             yield code
@@ -179,8 +176,7 @@ def has_written(connection: Connection) -> bool | None:
         # abort the transaction.
         version: Any = dialect.server_version_info or ()
         if "PGDialect" in names and version >= (13,) and not is_aborted(driver):
-            found: bool | None = _ask(connection, _POSTGRESQL)[0]
-            return found
+            return cast("bool | None", _ask(connection, _POSTGRESQL)[0])
         if "MySQLDialect" in names:
             return _has_written_innodb(connection)
     except dialect.loaded_dbapi.Error as error:
@@ -217,7 +213,7 @@ def spoiler(connection: Connection, transaction: Transaction | None) -> BaseExce
 
     :param connection: its connection, which may be closed.
     """
-    spoiled, error = getattr(connection, "dbsession_spoiled", _NOTHING)
+    spoiled, error = getattr(connection, "dbsession_spoiled", (None, None))
     return error if transaction is not None and spoiled is transaction else None
 
 
@@ -272,8 +268,13 @@ def _on_error(context: ExceptionContext) -> None:
     found = set(codes(error))
     if "SQLiteDialect" in dialect:
         # INSERT OR ROLLBACK, a full disk: it has ended the transaction, with what was in it.
-        changes = connection.info.get(_CHANGES)
-        spoiled = not driver.in_transaction and driver.total_changes != changes
+        ended = not driver.in_transaction
+        spoiled = ended and driver.total_changes != connection.info.get(_CHANGES)
+        level, mode = (getattr(driver, name, ...) for name in ("isolation_level", "autocommit"))
+        if ended and (level is None or mode is False):
+            # sqlite3 does not begin the next one by itself, and what follows would stay.
+            with contextlib.suppress(connection.dialect.loaded_dbapi.Error):
+                _ask(connection, "BEGIN")
     elif "MySQLDialect" in dialect:
         spoiled = not found.isdisjoint(_ROLLED_BACK) or (
             _LOCK_TIMEOUT in found and _ask(connection, _ROLLS_BACK_ON_TIMEOUT)[0]

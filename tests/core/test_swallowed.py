@@ -13,6 +13,7 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, PendingRollbackError
 
 from tests.core.discards import DISCARDS
+from tests.support.errors import AppError
 from tests.support.galera import mariadb
 from tests.support.models import Database, Note, make_engine, without_autocommit
 from tests.support.wsgi import ask, make_environ, make_registry
@@ -160,7 +161,8 @@ def test_a_connection_in_the_pool_keeps_nothing_of_it(
     unique: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An error refers to the frames that it passed, and those to all that they used."""
-    caplog.set_level("CRITICAL", "wsgi_dbsession")  # pytest would keep the record
+    for name in ("wsgi_dbsession", "sqlalchemy"):
+        caplog.set_level("CRITICAL", name)  # pytest would keep the records
 
     class Big:
         pass
@@ -186,14 +188,31 @@ def test_a_connection_in_the_pool_keeps_nothing_of_it(
     assert [ref() for ref in seen] == [None]
 
 
+def test_what_follows_the_end_of_the_transaction_goes_with_it(
+    unique: Registry, sqlite_database: Database
+) -> None:
+    """Not each way to have transactions begins another one by itself."""
+    with pytest.raises(PendingRollbackError), session_scope(unique):
+        unique.execute(text("INSERT INTO note (text) VALUES ('lost')"))
+        insert_or_rollback(unique)
+        unique.execute(text("INSERT INTO note (text) VALUES ('lost, too')"))
+    with pytest.raises(AppError), session_scope(unique):
+        insert_or_rollback(unique)
+        unique.execute(text("INSERT INTO note (text) VALUES ('lost as well')"))
+        raise AppError
+
+    assert sqlite_database.notes() == ["there"]
+
+
 def test_where_nothing_was_written_nothing_is_lost(
     unique: Registry, sqlite_database: Database
 ) -> None:
     """The first statement of the transaction: what comes after it is all there is."""
     with session_scope(unique):
         insert_or_rollback(unique)
+        unique.execute(text("INSERT INTO note (text) VALUES ('kept')"))
 
-    assert sqlite_database.notes() == ["there"]
+    assert sqlite_database.notes() == ["kept", "there"]
 
 
 @pytest.mark.parametrize(

@@ -94,11 +94,11 @@ class AlwaysInTransaction(sqlite3.Connection):
         self.execute("BEGIN")
 
     def commit(self) -> None:
-        super().commit()
+        self.execute("COMMIT")
         self.execute("BEGIN")
 
     def rollback(self) -> None:
-        super().rollback()
+        self.execute("ROLLBACK")
         self.execute("BEGIN")
 
 

@@ -275,20 +275,12 @@ def test_a_statement_at_autocommit_counts(
     autocommit.dispose()
 
 
-@pytest.mark.parametrize("with_session", [True, False], ids=["Session", "Connection"])
-def test_sqlite_without_transactions_counts(with_session: bool, sqlite_database: Database) -> None:
+def test_sqlite_without_transactions_counts(sqlite_database: Database) -> None:
     """``isolation_level=None`` of sqlite3, where no listener begins a transaction."""
     engine = create_engine(sqlite_database.url, connect_args={"isolation_level": None})
     registry = make_registry(engine)
 
-    def work() -> None:
-        if with_session:
-            registry.execute(INSERT)
-        else:
-            with engine.connect() as connection:
-                connection.execute(INSERT)
-
-    assert run(registry, work) == 1
+    assert run(registry, lambda: registry.execute(INSERT)) == 1
     assert sqlite_database.notes() == ["kept"]
     engine.dispose()
 

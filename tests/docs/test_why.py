@@ -70,3 +70,20 @@ def test_the_figures_are_those_of_the_benchmarks(
 
     assert phrase in PAGE
     assert f"{float(cell):+.1f}" == number
+
+
+@pytest.mark.parametrize(
+    ("phrase", "row"),
+    [
+        ("SQLite in memory needs {} % more instructions", "SELECT, list, watched"),
+        ("under Flask {} %", "SELECT, Flask, watched"),
+    ],
+)
+def test_the_cost_of_a_watch_is_that_of_the_benchmarks(phrase: str, row: str) -> None:
+    """docs/watch.md says the share, which RESULTS.md leaves to the reader."""
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    found = re.search(rf"^\| {row} \| ([\d.]+) \|[^|]*\| \+([\d.]+) \|", results, re.MULTILINE)
+    assert found is not None
+    percent = f"{100 * float(found[2]) / float(found[1]):.1f}"
+
+    assert phrase.format(percent) in (ROOT / "docs" / "watch.md").read_text(encoding="utf-8")

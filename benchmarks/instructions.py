@@ -4,7 +4,7 @@
 for each count, so that only one start of the interpreter is paid for.
 
 Lookups that miss CPython's cache of attributes are left out. Two names share a place of it by
-their addresses, so which ones miss is chance, and makes up to a twentieth of a request.
+their addresses, so which ones miss is chance. They are up to a twentieth of a request.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def _in_child(framework: str, peer: str, path: str, requests: int) -> int:
 
 
 def _stop_listening() -> None:
-    """Let the pools and dialects be as where the package is not imported."""
+    """Remove the package's listeners, as if it had not been imported."""
     for module, function, target, name in _LISTENERS:
         # The first edition has not all of them.
         listener = getattr(sys.modules.get(f"wsgi_dbsession.{module}"), function, None)

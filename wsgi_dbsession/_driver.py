@@ -39,8 +39,8 @@ _LOCK_TIMEOUT = "1205"  # with this one, if it is told to
 # its cluster.
 _OPEN = ("08", "57P", "40003", "1180", "1047")
 
-# Every write takes a transaction ID, a read does only if it locks rows (FOR UPDATE). Where rows
-# were locked, and no table as a write does it, it is unknown.
+# Every write takes a transaction ID, and so does a read that locks rows (FOR UPDATE). A write
+# locks its table in a stronger mode; where rows alone are locked, it is unknown.
 _POSTGRESQL = """
     SELECT CASE WHEN pg_current_xact_id_if_assigned() IS NULL THEN false WHEN (
         SELECT max(CASE mode WHEN 'AccessShareLock' THEN 0 WHEN 'RowShareLock' THEN 1 ELSE 2 END)
@@ -119,7 +119,8 @@ def is_autocommit(connection: Connection) -> bool:
     if connection.closed or connection.invalidated:
         return False
     driver = _driver_of(connection)
-    # sqlite3 begins no transaction then; SQLAlchemy's recipe for it begins one by a listener.
+    # With isolation_level=None, sqlite3 begins no transaction, but SQLAlchemy's recipe has a
+    # listener that does.
     return autocommits(driver) or (
         hasattr(driver, "total_changes")
         and getattr(driver, "isolation_level", "") is None

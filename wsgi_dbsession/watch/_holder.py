@@ -131,7 +131,7 @@ class Hold:
         return waited
 
     def end(self) -> None:
-        """Count no longer: the connection is returned."""
+        """Stop counting, because the connection is returned."""
         self.held = monotonic() - self.since
         if self.first is not None:
             self._add_to(self.first)
@@ -152,9 +152,9 @@ class Hold:
         self.wrote = either(self.wrote, other.wrote)
 
     def total(self) -> Hold:
-        """Return the account of its scope, which ends, with all of its connections.
+        """Return a copy to which all connections of its scope are added.
 
-        It is another one: the connection may be left over, and in use.
+        A copy, because its own connection may be left over, and in use.
         """
         total = copy(self)
         if self.since and not self.held:

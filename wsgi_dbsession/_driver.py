@@ -226,11 +226,11 @@ def spoil(connection: Connection, error: BaseException) -> None:
         connection.dbsession_spoiled = transaction, error  # type: ignore[attr-defined]
 
 
-def passed_through(error: BaseException, prefix: str) -> bool:
+def passed_through(error: BaseException, *prefixes: str) -> bool:
     """Return whether this error came out of a method of the dialect, such as ``do_commit``."""
     traceback = error.__traceback__
     while traceback is not None:
-        if traceback.tb_frame.f_code.co_name.startswith(prefix):
+        if traceback.tb_frame.f_code.co_name.startswith(prefixes):
             return True
         traceback = traceback.tb_next
     return False

@@ -119,7 +119,6 @@ class Commit:
         self._failed: Transactions = []  # of the Session whose COMMIT was the last
         self._prepared: list[tuple[Session, Transactions]] = []
         self._doubtful: list[str] = []  # of which it is open what becomes
-        self._spoiled = False
 
     def run(self) -> None:
         """Commit.
@@ -163,11 +162,11 @@ class Commit:
         # prepare() refuses an open savepoint, where commit() releases it with the rest.
         while (savepoint := session.get_nested_transaction()) is not None:
             savepoint.commit()
-        self._failed = found
         try:
             session.prepare()
-        except BaseException:
-            self._doubtful += _gids(found)
+        except BaseException as error:
+            if _leaves_open(error):
+                self._doubtful += _gids(found)
             raise
         self._prepared.append((session, found))
         self._refuse_swallowed(found)
@@ -196,7 +195,6 @@ class Commit:
         for connection, transaction in found:
             error = _driver.spoiler(connection, transaction)
             if error is not None:
-                self._spoiled = True
                 raise _refusal(error) from error
 
     def explain(self, failure: BaseException) -> tuple[Truth, str]:
@@ -212,8 +210,8 @@ class Commit:
                 "partly committed",
                 f"partly committed, {done} transactions before the failed one{prepared}",
             )
-        if not self._spoiled and _was_sent(failure) and not _driver.is_refusal(failure):
-            return "unknown", f"connection lost during COMMIT, outcome unknown{prepared}"
+        if self._doubtful or _leaves_open(failure):
+            return "unknown", f"COMMIT not confirmed, outcome unknown{prepared}"
         if any(map(is_autocommit, self._sessions)):
             return "rolled back", "commit failed, but AUTOCOMMIT keeps what was written"
         return "rolled back", "commit failed, rolled back"
@@ -253,11 +251,11 @@ def _refusal(error: BaseException | None) -> exc.PendingRollbackError:
     )
 
 
-def _was_sent(failure: BaseException) -> bool:
-    """Return whether this failure came out of COMMIT or one of its two phases."""
-    return any(
-        _driver.passed_through(failure, method) for method in ("do_commit", "do_prepare_twophase")
-    )
+def _leaves_open(failure: BaseException) -> bool:
+    """Return whether this failure came out of COMMIT, or one of its phases, and is no answer."""
+    # If SQLAlchemy cannot take back what it could not prepare, that error hides the first one.
+    methods = ("do_commit", "do_prepare_twophase", "do_rollback_twophase")
+    return _driver.passed_through(failure, *methods) and not _driver.is_refusal(failure)
 
 
 def rollback(sessions: Iterable[Session], error: BaseException | None = None) -> None:

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
-from tests.support.errors import AppError, Kill
+from tests.support.errors import AppError, Kill, raise_kill
 from tests.support.models import Author, Book, Database, Note, make_engine
 from tests.support.wsgi import ask, make_registry
 from wsgi_dbsession import Scope, SessionMiddleware, current_scope, session_scope
@@ -154,8 +154,8 @@ def test_what_comes_out_of_commit_is_unknown(
     assert (scope.outcome, scope.reason) == ("unknown", "unknown")
     assert scope.failure is caught.value
     assert hooks == []
-    assert notes_of(caught.value)[-1].endswith("connection lost during COMMIT, outcome unknown")
-    assert "connection lost during COMMIT, outcome unknown" in caplog.text
+    assert notes_of(caught.value)[-1].endswith("COMMIT not confirmed, outcome unknown")
+    assert "COMMIT not confirmed, outcome unknown" in caplog.text
     assert postgres_database.notes() == (["a"] if after else [])
 
 
@@ -199,6 +199,7 @@ def test_a_listener_that_fails_afterwards_does_not_undo_it(
     assert hooks == ["commit"]
     assert postgres_database.notes() == ["a"]
     assert "session_scope: committed, but something failed afterwards" in caplog.text
+    assert "rollback failed" not in caplog.text
 
 
 def test_a_hook_may_work_after_that(postgres_database: Database) -> None:
@@ -222,10 +223,11 @@ def test_a_hook_may_work_after_that(postgres_database: Database) -> None:
 def test_the_others_are_committed_nevertheless(
     postgres_database: Database, other_postgres_database: Database
 ) -> None:
-    """A listener of one Session does not leave the work half done."""
+    """Listeners do not leave the work half done; the first error propagates."""
     first = make_registry(postgres_database.engine)
     second = make_registry(other_postgres_database.engine)
     event.listen(first.session_factory, "after_commit", fail_afterwards)
+    event.listen(second.session_factory, "after_commit", raise_kill)
 
     with pytest.raises(AppError), session_scope(first, second) as scope:
         first.add(Note(text="a"))

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import Engine, event, text
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
-from tests.support.errors import Kill, raise_kill
+from tests.support.errors import AppError, Kill, raise_error, raise_kill
 from tests.support.models import Book, Database, Note, make_engine
 from tests.support.wsgi import assert_nothing_left, make_registry
 from wsgi_dbsession import session_scope
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from sqlalchemy import Connection
     from sqlalchemy.orm import Session, scoped_session
 
     Registry = scoped_session[Session]
@@ -144,3 +145,93 @@ def test_a_one_phase_commit_that_fails_takes_the_prepared_ones_back(
     assert postgres_database.notes() == []
     assert other_postgres_database.notes() == []
     assert_nothing_left(single)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_prepare_that_fails_in_one_of_a_sessions_databases_commits_nothing(
+    postgres_database: Database, other_postgres_database: Database, broken: int
+) -> None:
+    """The others are rolled back with it, whatever was prepared before."""
+    engines = postgres_database.engine, other_postgres_database.engine
+    registry = make_registry(
+        engines[0], binds={Note: engines[1 - broken], Book: engines[broken]}, twophase=True
+    )
+
+    with pytest.raises(SQLAlchemyError), session_scope(registry) as scope:
+        registry.add_all([Note(text="a"), Book(author_id=7)])
+
+    assert (scope.outcome, scope.reason) == ("rollback", "rolled back")
+    assert postgres_database.notes() == other_postgres_database.notes() == []
+    assert_nothing_left(registry)
+
+
+def test_a_prepare_whose_answer_is_lost_is_named(
+    two_phase: tuple[Registry, Registry],
+    postgres_database: Database,
+    other_postgres_database: Database,
+) -> None:
+    """It may wait for a decision, and nobody else finds it.
+
+    SQLAlchemy tries to take it back; that this fails too, says nothing.
+    """
+    engine = make_engine(postgres_database.url)
+    registry = make_registry(engine, twophase=True)
+    prepare = engine.dialect.do_prepare_twophase
+
+    def lose_the_answer(connection: Connection, gid: str) -> None:
+        prepare(connection, gid)
+        connection.connection.driver_connection.close()  # type: ignore[union-attr]
+        raise OSError(9, "broken")
+
+    setattr(engine.dialect, "do_prepare_twophase", lose_the_answer)  # noqa: B010 - mypy refuses it
+    with pytest.raises(OperationalError) as caught, session_scope(two_phase[1], registry) as scope:
+        registry.add(Note(text="a"))
+        two_phase[1].add(Note(text="b"))
+    gid = resolve(postgres_database)
+
+    assert (scope.outcome, scope.reason) == ("unknown", "unknown")
+    assert notes_of(caught.value)[-1].endswith(f"; prepared transactions: {gid!r}")
+    assert postgres_database.notes() == ["a"]
+    assert other_postgres_database.notes() == []
+    engine.dispose()
+
+
+def test_what_was_prepared_is_left_to_whoever_resolves_it(
+    two_phase: tuple[Registry, Registry],
+    postgres_database: Database,
+    other_postgres_database: Database,
+) -> None:
+    """The decision was made: none is rolled back, though its connection works, and all are tried.
+
+    The first error is the one that propagates.
+    """
+    databases = postgres_database, other_postgres_database
+    event.listen(databases[0].engine, "commit_twophase", raise_error)
+    event.listen(databases[1].engine, "commit_twophase", raise_kill)
+    try:
+        with pytest.raises(AppError) as caught, session_scope(*two_phase) as scope:
+            for registry in two_phase:
+                registry.add(Note(text="a"))
+    finally:
+        event.remove(databases[0].engine, "commit_twophase", raise_error)
+        event.remove(databases[1].engine, "commit_twophase", raise_kill)
+    gids = [resolve(each) for each in databases]
+
+    assert (scope.outcome, scope.reason) == ("unknown", "unknown")
+    assert all(repr(gid) in notes_of(caught.value)[-1] for gid in gids)
+    assert [each.notes() for each in databases] == [["a"], ["a"]]
+
+
+def notes_of(error: BaseException) -> list[str]:
+    found: list[str] = getattr(error, "__notes__", [])
+    return found
+
+
+def resolve(database: Database) -> str:
+    """Commit the one transaction that is prepared, and return its name."""
+    engine = database.observer.execution_options(isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        prepared = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database()"
+        (gid,) = connection.scalars(text(prepared))
+        connection.execute(text(f"COMMIT PREPARED '{gid}'"))
+    return str(gid)

@@ -40,12 +40,13 @@ _LOCK_TIMEOUT = "1205"  # with this one, if it is told to
 _OPEN = ("08", "57P", "40003", "1180", "1047")
 
 # Every write takes a transaction ID, and so does a read that locks rows (FOR UPDATE). A write
-# locks its table in a stronger mode; where rows alone are locked, it is unknown.
+# locks its table in a stronger mode, until its savepoint is rolled back; where rows alone are
+# locked, it is unknown. A sequence stays locked, and goes on whatever is rolled back.
 _POSTGRESQL = """
-    SELECT CASE WHEN pg_current_xact_id_if_assigned() IS NULL THEN false WHEN (
-        SELECT max(CASE mode WHEN 'AccessShareLock' THEN 0 WHEN 'RowShareLock' THEN 1 ELSE 2 END)
-        FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'relation'
-    ) = 1 THEN NULL ELSE true END
+    SELECT pg_current_xact_id_if_assigned() IS NOT NULL,
+        bool_or(mode NOT IN ('AccessShareLock', 'RowShareLock')), bool_or(mode = 'RowShareLock')
+    FROM pg_locks LEFT JOIN pg_class ON pg_class.oid = relation
+    WHERE pid = pg_backend_pid() AND locktype = 'relation' AND relkind IS DISTINCT FROM 'S'
 """
 # Needs the privilege PROCESS. No table has it: information_schema.innodb_trx is as old as the
 # last look that anyone took at it, up to 0.1 s, so that a write is missing, or an earlier
@@ -149,11 +150,13 @@ def is_read_only(source: Connection | Engine) -> bool:
     return bool(source.get_execution_options().get(READ_ONLY))
 
 
-def has_written(connection: Connection) -> bool | None:
+def has_written(connection: Connection, *, undone: bool = False) -> bool | None:
     """Return whether the connection's transaction has written something, None if unknown.
 
     It may cost a round trip, and does not disturb the transaction.
     A subclass of ``Connection`` that shares one transaction with others has a ``has_written()``.
+
+    :param undone: whether a savepoint of it was rolled back, perhaps with all that was written.
     """
     own = getattr(connection, "has_written", None)
     if own is not None:
@@ -169,17 +172,22 @@ def has_written(connection: Connection) -> bool | None:
         return None
     driver = _driver_of(connection)
     if hasattr(driver, "total_changes"):  # SQLite
-        changes = connection.info.get(_CHANGES)
-        return bool(driver.in_transaction and driver.total_changes != changes)
+        if not driver.in_transaction or driver.total_changes == connection.info.get(_CHANGES):
+            return False
+        return None if undone else True
     names, dialect = _dialect(connection), connection.dialect
     try:
         # An older server, and what pretends to be one, has no such function: to ask for it would
         # abort the transaction.
         version: Any = dialect.server_version_info or ()
         if "PGDialect" in names and version >= (13,) and not is_aborted(driver):
-            return cast("bool | None", _ask(connection, _POSTGRESQL)[0])
+            has_id, writes, locks_rows = _ask(connection, _POSTGRESQL)
+            if not has_id or writes:
+                return bool(has_id)
+            return None if undone or locks_rows else True
         if "MySQLDialect" in names:
-            return _has_written_innodb(connection)
+            wrote = _has_written_innodb(connection)
+            return None if wrote and undone else wrote
     except dialect.loaded_dbapi.Error as error:
         # The connection is lost, and no error has said so yet: COMMIT would have failed.
         if _leaves_open(error) or dialect.is_disconnect(error, driver, None):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sysconfig
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,34 +10,32 @@ from typing import TYPE_CHECKING
 import sqlalchemy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
 
-_OURS = (
+_LAYERS = (
     str(Path(__file__).parent),
     str(Path(sqlalchemy.__file__).parent),
     "<",  # generated code
-)
-_LIBRARIES = (
-    *_OURS,
-    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
 )
 
 
 def calling_line() -> str:
     """Return the line that called SQLAlchemy or this package, in whatever library it stands."""
-    return _find(_OURS, libraries=True)
+    return innermost_line(is_layer)
 
 
-def application_line() -> str:
-    """Return the innermost line that belongs to no installed library."""
-    return _find(_LIBRARIES, libraries=False)
+def is_layer(file: str) -> bool:
+    """Return whether a file is of SQLAlchemy or of this package."""
+    return file.startswith(_LAYERS)
 
 
-def _find(skipped: tuple[str, ...], *, libraries: bool) -> str:
+def innermost_line(is_skipped: Callable[[str], bool]) -> str:
+    """Return the innermost line of this thread, apart from those in files that are skipped."""
     frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(skipped) and (libraries or "-packages" not in name):
+        if not is_skipped(name):
             return f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
         frame = frame.f_back
     return f"{threading.current_thread().name}, in a library"

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
 from ._fork import forget_inherited
+from ._hooks import open_savepoints
 from ._pooler import warn_behind_pooler
 from ._scope import Observer, current_scope, find_scope
 from ._transaction import AdoptedSession
@@ -113,7 +114,8 @@ def _check(registry: scoped_session[Any]) -> None:
     factory: Any = registry.session_factory
     if getattr(registry.registry, "scopefunc", None) is not current_scope:
         fix = f"Make it by `{_FIX}`"
-        if any(each.__module__.startswith("flask_sqlalchemy.") for each in _classes(factory)):
+        classes = getattr(factory, "class_", object).__mro__
+        if any(each.__module__.startswith("flask_sqlalchemy.") for each in classes):
             fix = (
                 "Flask-SQLAlchemy removes db.session before the commit, so do not pass it but "
                 "make one beside it: "
@@ -125,10 +127,6 @@ def _check(registry: scoped_session[Any]) -> None:
     if not isinstance(factory, sessionmaker):
         msg = f"the factory of a session registry must be a sessionmaker, got {factory!r}"
         raise TypeError(f"{msg}. Make it by `{_FIX}`")
-
-
-def _classes(factory: Any) -> tuple[type, ...]:
-    return getattr(factory, "class_", object).__mro__
 
 
 def _adopt(registry: scoped_session[Any]) -> SessionRegistry:
@@ -152,22 +150,26 @@ def _adopt(registry: scoped_session[Any]) -> SessionRegistry:
 def _after_commit(session: AdoptedSession) -> None:
     if not session.in_nested_transaction():
         session.dbsession_committed = True
-        session.dbsession_flushed = False
+        session.dbsession_flushed, session.dbsession_undone = None, False
 
 
 def _after_flush(session: AdoptedSession, _: object) -> None:
-    session.dbsession_flushed = True
+    if session.dbsession_flushed is None:  # no later flush outlives the first one
+        session.dbsession_flushed = open_savepoints(session)
 
 
 def _after_rollback(session: AdoptedSession, transaction: SessionTransaction) -> None:
-    if transaction.parent is None:
-        session.dbsession_flushed = False
-        return
-    ended: SessionTransaction | None = transaction
-    while ended is not None and not ended.nested:
+    ended = transaction
+    while ended.parent is not None and not ended.nested:
         ended = ended.parent  # a flush that fails rolls back the savepoint that it is in
-    if ended is not None and session.dbsession_scope is not None:
-        session.dbsession_scope.drop_hooks(ended)
+    if transaction.parent is None:
+        session.dbsession_flushed, session.dbsession_undone = None, False
+    elif ended.nested:
+        session.dbsession_undone = True
+        if ended in (session.dbsession_flushed or ()):
+            session.dbsession_flushed = None
+        if session.dbsession_scope is not None:
+            session.dbsession_scope.drop_hooks(ended)
 
 
 def check_routed(registries: Iterable[SessionRegistry]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ._hooks import Hook, open_savepoints
 from ._outcome import Unit
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from sqlalchemy.orm import Session, SessionTransaction
+    from sqlalchemy.orm import SessionTransaction
 
     from ._observed import Outcome
     from ._transaction import AdoptedSession
@@ -195,7 +195,7 @@ class Scope(Unit):
 
     # -- outcome ----------------------------------------------------------------------------------
 
-    def discarded(self, session: Session) -> None:
+    def discarded(self, session: AdoptedSession) -> None:
         """Note that the application closes a Session whose transaction is open."""
         if self._settling:
             return
@@ -204,9 +204,8 @@ class Scope(Unit):
             self._discarded = self._discarded or _refuse_discarded(calling_line())
         elif wrote is None:
             line = calling_line()
-            lines = cast("AdoptedSession", session).dbsession_lines
-            if line not in lines:
-                lines.add(line)
+            if line not in session.dbsession_lines:
+                session.dbsession_lines.add(line)
                 log.warning(
                     "%s: closed a Session in an open transaction at %s; what it wrote, if "
                     "anything, is lost. Remove that line, or call Session.rollback() before it",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
     from sqlalchemy.engine import Transaction
+    from sqlalchemy.orm import SessionTransaction
 
 Transactions: TypeAlias = "list[tuple[Connection, Transaction]]"
 Truth: TypeAlias = Literal["rolled back", "unknown", "committed", "partly committed"]
@@ -31,8 +32,11 @@ class AdoptedSession(Session):
 
     dbsession_lines: ClassVar[set[str]]  # that closed one, and were named in a warning
     dbsession_scope: Any = None  # that has it, until it is closed
-    dbsession_pid: int | None = None  # of the process that made it
-    dbsession_flushed = False  # something, in the transaction that runs
+    dbsession_pid: int  # of the process that made it
+    # Of the transaction that runs: the savepoints in which something was flushed, if it was, and
+    # whether one was rolled back.
+    dbsession_flushed: list[SessionTransaction] | None = None
+    dbsession_undone = False
     dbsession_committed = False  # by the commit that runs
 
     def close(self) -> None:
@@ -77,11 +81,12 @@ def connections(session: Session) -> Transactions:
 def has_written(session: Session) -> bool | None:
     """Return whether the transaction of this Session has something to lose, None if unknown."""
     pending = session.new or session.deleted or any(map(session.is_modified, session.dirty))
-    if pending or getattr(session, "dbsession_flushed", False):
+    if pending or getattr(session, "dbsession_flushed", None) is not None:
         return True
     if not session.is_active:  # a flush has failed: SQLAlchemy has rolled back already
         return None
-    found = {_driver.has_written(connection) for connection, _ in connections(session)}
+    undone = getattr(session, "dbsession_undone", False)
+    found = {_driver.has_written(each, undone=undone) for each, _ in connections(session)}
     return True if True in found else None if None in found else False
 
 
@@ -93,10 +98,9 @@ def is_autocommit(session: Session) -> bool:
     )
 
 
-def is_inherited(session: Session) -> bool:
+def is_inherited(session: Any) -> bool:
     """Return whether this Session was made by the parent process, see ``_fork``."""
-    made_by = getattr(session, "dbsession_pid", None)
-    return made_by is not None and made_by != os.getpid()
+    return bool(session.dbsession_pid != os.getpid())
 
 
 class Commit:

@@ -1,12 +1,13 @@
-"""Fixtures: two registries, and a registry on each driver."""
+"""Fixtures: two registries, a registry on each driver, one over a note."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import create_engine
 
-from tests.support.models import Database, make_engine
+from tests.support.models import Database, Note, make_engine, without_autocommit
 from tests.support.postgres import DRIVERS
 from tests.support.wsgi import assert_nothing_left, make_registry
 
@@ -40,4 +41,20 @@ def driver_registry(
     registry = make_registry(engine)
     yield registry
     assert_nothing_left(registry)
+    engine.dispose()
+
+
+@pytest.fixture(params=["BEGIN recipe", "legacy transactions", "autocommit=False", "postgres"])
+def stocked(request: pytest.FixtureRequest) -> Iterator[tuple[Registry, Database]]:
+    """A registry over a database with one note, on SQLite as in SQLAlchemy's recipe or without."""
+    name = "postgres" if request.param == "postgres" else "sqlite"
+    database: Database = request.getfixturevalue(f"{name}_database")
+    engine = database.engine
+    if request.param == "legacy transactions":
+        engine = create_engine(database.url)
+    elif request.param == "autocommit=False":
+        engine = without_autocommit(database.url)
+    with database.observer.begin() as connection:
+        connection.execute(Note.__table__.insert().values(text="there"))  # type: ignore[attr-defined]
+    yield make_registry(engine), database
     engine.dispose()

@@ -43,22 +43,6 @@ pytestmark = pytest.mark.promise("no silent loss", "discarded")
 HERE = "tests/core/discards.py:"
 
 
-@pytest.fixture(params=["BEGIN recipe", "legacy transactions", "autocommit=False", "postgres"])
-def stocked(request: pytest.FixtureRequest) -> Iterator[tuple[Registry, Database]]:
-    """A registry over a database with one note, on SQLite as in SQLAlchemy's recipe or without."""
-    name = "postgres" if request.param == "postgres" else "sqlite"
-    database: Database = request.getfixturevalue(f"{name}_database")
-    engine = database.engine
-    if request.param == "legacy transactions":
-        engine = create_engine(database.url)
-    elif request.param == "autocommit=False":
-        engine = without_autocommit(database.url)
-    with database.observer.begin() as connection:
-        connection.execute(Note.__table__.insert().values(text="there"))  # type: ignore[attr-defined]
-    yield make_registry(engine), database
-    engine.dispose()
-
-
 def application(*works: Callable[[], object], status: str = "201 Created") -> WSGIApplication:
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         for work in works:
@@ -410,7 +394,9 @@ def test_a_time_out_while_the_database_is_asked_is_not_swallowed(
         postgres_database.url.set(drivername=f"postgresql+{driver}"), pool_size=1, max_overflow=0
     )
     registry = make_registry(engine)
-    monkeypatch.setattr("wsgi_dbsession._driver._POSTGRESQL", "SELECT true FROM pg_sleep(1)")
+    monkeypatch.setattr(
+        "wsgi_dbsession._driver._POSTGRESQL", "SELECT true, true, false FROM pg_sleep(1)"
+    )
     before = signal.signal(signal.SIGALRM, time_out)
     try:
         with pytest.raises(AppError), session_scope(registry) as scope:

@@ -57,6 +57,21 @@ def tells(engine: Engine) -> bool:
     return engine.url.username != "plain"
 
 
+def test_what_was_rolled_back_with_its_savepoint_is_not_called_lost(engine: Engine) -> None:
+    """InnoDB counts it further on."""
+    registry = make_registry(engine)
+
+    with session_scope(registry) as scope:
+        savepoint = registry.begin_nested()
+        registry.execute(COUNT_UP)
+        savepoint.rollback()
+        with pytest.raises(RuntimeError, match="cannot be known here"), scope.released():
+            pass
+        registry.remove()
+
+    assert scope.outcome == "commit"
+
+
 def test_a_write_is_refused_and_not_lost(engine: Engine) -> None:
     """For the one because it wrote, for the other because it may have."""
     registry = make_registry(engine)

@@ -157,6 +157,7 @@ class Model:
                 raise Refused
             elif statement == "fail in savepoint":
                 transaction.touched = self.setup.aborts  # PostgreSQL has a number for it
+                transaction.doubted = not self.setup.aborts
 
 
 # -- section 4: when ------------------------------------------------------------------------------

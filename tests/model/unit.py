@@ -64,7 +64,8 @@ class Transaction:
     rows: list[str] = field(default_factory=list)
     connected: bool = False
     flushed: bool = False  # something, so that the Session knows that it wrote
-    touched: bool = False  # the database knows that it wrote, or tried to
+    touched: bool = False  # the database knows that it wrote, or tried to and took it back
+    doubted: bool = False  # it cannot tell what it took back
     aborted: bool = False  # by the database, after a failed statement
     inactive: bool = False  # by SQLAlchemy, after a failed flush
 
@@ -92,7 +93,9 @@ class Transaction:
             return True
         if self.inactive or self.aborted:
             return None
-        return bool(self.rows) or self.touched
+        if self.rows and not self.doubted:
+            return True
+        return None if self.rows or self.touched else False
 
 
 @dataclass

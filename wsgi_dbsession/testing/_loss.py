@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import exc
 
-from wsgi_dbsession._place import application_line
+from ._place import application_line
 
 if TYPE_CHECKING:
     from collections.abc import Generator

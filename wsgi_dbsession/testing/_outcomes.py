@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from wsgi_dbsession._place import application_line
 from wsgi_dbsession._registry import adopt, observe
 from wsgi_dbsession._scope import Observer
+
+from ._place import application_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

@@ -7,8 +7,9 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from wsgi_dbsession._place import application_line
 from wsgi_dbsession._report import log
+
+from ._place import application_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable

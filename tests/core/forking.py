@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine, text
@@ -22,10 +23,18 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from tests.support.models import Base, Note, make_engine
 from tests.support.wsgi import Server, make_environ, make_registry
-from wsgi_dbsession import NoScopeError, SessionMiddleware, _fork, current_scope, session_scope
+from wsgi_dbsession import (
+    NoScopeError,
+    SessionMiddleware,
+    _fork,
+    current_scope,
+    find_scope,
+    session_scope,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextvars import Context
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
@@ -160,14 +169,19 @@ def in_a_request(fork: str, registry: Registry) -> object:
     """Fork in the midst of a request, with its transaction open."""
     seen: list[object] = []
 
+    copied: list[Context] = []
+
     def work() -> object:
         try:
             current_scope()
         except NoScopeError:
-            return ["no scope", backend_of_a_block(registry), backend_of_a_request(registry)]
+            # What was copied before, for a thread, is of the parent's request, too.
+            if copied[0].run(find_scope) is None:
+                return ["no scope", backend_of_a_block(registry), backend_of_a_request(registry)]
         return ["a scope"]
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
+        copied.append(copy_context())
         seen.append(backend(registry))
         start_response("200 OK", [])
         seen.extend(run_in_child(fork, work))

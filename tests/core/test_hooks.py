@@ -15,7 +15,7 @@ from tests.support.wsgi import assert_nothing_left
 from wsgi_dbsession import current_scope, session_scope
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Session, scoped_session
+    from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
 pytestmark = pytest.mark.promise("hooks")
 
@@ -278,6 +278,62 @@ def test_a_listener_that_begins_anew_after_each_rollback_is_no_endless_loop(
 
     assert calls[:2] == ["read", "read"]
     assert len(calls) < 9
+
+
+def test_what_listeners_begin_after_each_commit_is_committed(
+    sqlite_database: Database, sqlite_registry: scoped_session[Session]
+) -> None:
+    """However often they do, as long as it comes to an end."""
+
+    def write(session: Session, transaction: SessionTransaction) -> None:
+        number = int(session.info.get("number", 0))
+        if transaction.parent is None and number < 4:
+            session.info["number"] = number + 1
+            session.add(Note(text=str(number)))
+
+    event.listen(sqlite_registry.session_factory, "after_transaction_end", write)
+    with session_scope(sqlite_registry) as scope:
+        sqlite_registry.add(Note(text="a"))
+
+    assert scope.outcome == "commit"
+    assert sqlite_database.notes() == ["0", "1", "2", "3", "a"]
+
+
+def test_what_a_listener_begins_after_an_unknown_outcome_changes_nothing(
+    sqlite_database: Database, sqlite_registry: scoped_session[Session]
+) -> None:
+    """It is rolled back, and the scope's outcome stays what it is."""
+    dialect = sqlite_database.engine.dialect
+    original = dialect.do_commit
+
+    def do_commit(_: object) -> None:
+        setattr(dialect, "do_commit", original)  # noqa: B010 - mypy refuses the assignment
+        raise OSError(9, "broken")
+
+    def write(session: Session, transaction: SessionTransaction) -> None:
+        if transaction.parent is None and not session.info:
+            session.info["wrote"] = True
+            session.add(Note(text="listener"))
+
+    setattr(dialect, "do_commit", do_commit)  # noqa: B010 - likewise
+    event.listen(sqlite_registry.session_factory, "after_transaction_end", write)
+    with pytest.raises(OSError, match="broken"), session_scope(sqlite_registry) as scope:
+        sqlite_registry.add(Note(text="a"))
+
+    assert (scope.outcome, scope.reason) == ("unknown", "unknown")
+    assert sqlite_database.notes() == []
+
+
+@pytest.mark.promise("first error")
+def test_the_first_error_beats_the_endless_loop(sqlite_registry: scoped_session[Session]) -> None:
+    """A hook that registers itself, and fails."""
+
+    def hook() -> None:
+        scope.on_commit(hook)
+        raise Kill
+
+    with pytest.raises(Kill), session_scope(sqlite_registry) as scope:
+        scope.on_commit(hook)
 
 
 def test_a_hook_gets_its_arguments(sqlite_registry: scoped_session[Session]) -> None:

@@ -171,10 +171,10 @@ def has_written(connection: Connection, *, undone: bool = False) -> bool | None:
     if connection.invalidated:
         return None
     driver = _driver_of(connection)
+    counted = None if undone else True  # what was taken back is counted further on
     if hasattr(driver, "total_changes"):  # SQLite
-        if not driver.in_transaction or driver.total_changes == connection.info.get(_CHANGES):
-            return False
-        return None if undone else True
+        changes = connection.info.get(_CHANGES)
+        return bool(driver.in_transaction and driver.total_changes != changes) and counted
     names, dialect = _dialect(connection), connection.dialect
     try:
         # An older server, and what pretends to be one, has no such function: to ask for it would
@@ -184,10 +184,9 @@ def has_written(connection: Connection, *, undone: bool = False) -> bool | None:
             has_id, writes, locks_rows = _ask(connection, _POSTGRESQL)
             if not has_id or writes:
                 return bool(has_id)
-            return None if undone or locks_rows else True
+            return None if locks_rows else counted
         if "MySQLDialect" in names:
-            wrote = _has_written_innodb(connection)
-            return None if wrote and undone else wrote
+            return _has_written_innodb(connection) and counted
     except dialect.loaded_dbapi.Error as error:
         # The connection is lost, and no error has said so yet: COMMIT would have failed.
         if _leaves_open(error) or dialect.is_disconnect(error, driver, None):

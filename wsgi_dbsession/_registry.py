@@ -19,7 +19,7 @@ from ._fork import forget_inherited
 from ._hooks import open_savepoints
 from ._pooler import warn_behind_pooler
 from ._scope import Observer, current_scope, find_scope
-from ._transaction import AdoptedSession
+from ._transaction import AdoptedSession, has_changes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -154,7 +154,8 @@ def _after_commit(session: AdoptedSession) -> None:
 
 
 def _after_flush(session: AdoptedSession, _: object) -> None:
-    if session.dbsession_flushed is None:  # no later flush outlives the first one
+    # No later flush outlives the first one.
+    if session.dbsession_flushed is None and has_changes(session):
         session.dbsession_flushed = open_savepoints(session)
 
 

@@ -78,10 +78,14 @@ def connections(session: Session) -> Transactions:
     return [entry[:2] for key, entry in entries.items() if key is entry[0]]
 
 
+def has_changes(session: Session) -> bool:
+    """Return whether a flush has something to write, or had: ``after_flush`` still sees it."""
+    return bool(session.new or session.deleted or any(map(session.is_modified, session.dirty)))
+
+
 def has_written(session: Session) -> bool | None:
     """Return whether the transaction of this Session has something to lose, None if unknown."""
-    pending = session.new or session.deleted or any(map(session.is_modified, session.dirty))
-    if pending or getattr(session, "dbsession_flushed", None) is not None:
+    if getattr(session, "dbsession_flushed", None) is not None or has_changes(session):
         return True
     if not session.is_active:  # a flush has failed: SQLAlchemy has rolled back already
         return None

@@ -113,6 +113,11 @@ def touch(registry: Registry) -> None:
     note.text = str(note.text)
 
 
+def flush_nothing(registry: Registry) -> None:
+    touch(registry)
+    read(registry)
+
+
 HARMLESS: dict[str, Callable[[Registry], None]] = {
     "a read": read,
     "a textual read": read_by_text,
@@ -120,4 +125,5 @@ HARMLESS: dict[str, Callable[[Registry], None]] = {
     "a commit before": commit,
     "a rollback before": roll_back,
     "an attribute set to what it was": touch,
+    "and a query after it": flush_nothing,
 }

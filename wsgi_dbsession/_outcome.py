@@ -166,10 +166,7 @@ class Unit(Observed):
             failure = failure or RuntimeError(_ENDLESS)
         self.releases = releases
         if failure is not None:
-            try:
-                raise failure
-            finally:
-                failure = None  # a traceback that refers to this frame is a cycle
+            raise failure
 
     def _settle(
         self,
@@ -236,8 +233,7 @@ class Unit(Observed):
         hooks, self._hooks = self._hooks, ()
         for hook in hooks:
             if hook.outcome == outcome:
-                if self.observers:
-                    self.tell("hook_called", hook.function)
+                self.tell("hook_called", hook.function)
                 # An interruption too: the others run, and then it goes on.
                 failure = hook.run(self.name, self.extra())
                 interruption = interruption or failure
@@ -269,12 +265,12 @@ class Unit(Observed):
         :raises BaseException: see :meth:`settle`; the Sessions are closed all the same. Nothing
             is raised where there is an `error`: the first one is the one that propagates.
         """
-        failure = error
+        failure: BaseException | None = None
         try:
             if self.undecided():
                 self.settle(error, complete=complete, veto=veto)
         except BaseException as settling:
-            failure = failure or settling
+            failure = settling
         interruption = self.close_sessions() if self.sessions else None
         failure = failure or interruption
         if self.observers:
@@ -283,10 +279,7 @@ class Unit(Observed):
         self.environ = self.context = None
         self.in_step = False  # even if an interruption comes before the step is left
         if error is None and failure is not None:
-            try:
-                raise failure
-            finally:
-                failure = interruption = None  # a traceback that refers to this frame is a cycle
+            raise failure
 
     def drop(self) -> None:
         """Close the Sessions of a response that was dropped without ``close()``.

@@ -82,7 +82,6 @@ class SessionRegistry(ScopedRegistry[Session]):
             scope.releases[0].guard(session)
         if not scope.in_step:
             # Its step ended in another thread while the Session was being made.
-            session.dbsession_scope = None  # type: ignore[attr-defined]
             if scope.sessions.pop(self, None) is not None:
                 session.close()
             current_scope()

@@ -1,11 +1,11 @@
-"""Which registries are refused."""
+"""Which registries are refused, and which Sessions are theirs."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -100,3 +100,43 @@ def test_a_session_without_autobegin_loses_nothing(sqlite_database: Database) ->
         registry.add(Note(text="kept"))
 
     assert sqlite_database.notes() == ["kept"]
+
+
+def test_a_session_of_the_applications_own_making_is_committed(
+    sqlite_database: Database, sqlite_registry: scoped_session[Session]
+) -> None:
+    """Though nobody asks the registry for it."""
+    with session_scope(sqlite_registry):
+        session = sqlite_registry.session_factory()
+        session.add(Note(text="a"))
+        sqlite_registry.registry.set(session)
+
+    assert sqlite_database.notes() == ["a"]
+
+
+def test_a_session_that_was_removed_is_its_owners(
+    sqlite_database: Database, sqlite_registry: scoped_session[Session]
+) -> None:
+    """What it does then is none of the scope's business."""
+    with session_scope(sqlite_registry) as scope:
+        session = sqlite_registry()
+        sqlite_registry.remove()
+        session.execute(text("INSERT INTO note (text) VALUES ('a')"))
+        session.close()
+
+    assert scope.outcome == "commit"
+    assert sqlite_database.notes() == []
+
+
+def test_a_session_that_outlives_its_scope_is_its_owners(
+    sqlite_registry: scoped_session[Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody warns of what it discards then."""
+    with session_scope(sqlite_registry) as scope:
+        session = sqlite_registry()
+    session.begin_nested().rollback()
+    session.execute(text("INSERT INTO note (text) VALUES ('a')"))
+    session.close()
+
+    assert not caplog.records
+    assert not scope.undecided()

@@ -187,9 +187,12 @@ class Unit(Observed):
             self._roll_back(error, reason)
 
     def _commit(self, reason: Reason, final: bool) -> None:
-        found: dict[Any, Session] = self.sessions
-        adopted = sorted(found, key=lambda each: each.number) if len(found) > 1 else found
-        commit = Commit([found[each] for each in adopted], final=final)
+        sessions = list(self.sessions.values())
+        if len(sessions) > 1:
+            # In the order in which the registries were adopted.
+            found: dict[Any, Session] = self.sessions
+            sessions = [found[each] for each in sorted(found, key=lambda each: each.number)]
+        commit = Commit(sessions, final=final)
         try:
             if self._discarded:
                 raise self._discarded

@@ -78,20 +78,24 @@ def connections(session: Session) -> Transactions:
     return [entry[:2] for key, entry in entries.items() if key is entry[0]]
 
 
-def has_changes(session: Session) -> bool:
+def has_changes(session: Any) -> bool:
     """Return whether a flush has something to write, or had: ``after_flush`` still sees it."""
-    return bool(session.new or session.deleted or any(map(session.is_modified, session.dirty)))
+    # Session.new, the public way, makes a set of all of them at each flush.
+    return bool(session._new or session.deleted or any(map(session.is_modified, session.dirty)))
 
 
 def has_written(session: Session) -> bool | None:
     """Return whether the transaction of this Session has something to lose, None if unknown."""
-    if getattr(session, "dbsession_flushed", None) is not None or has_changes(session):
+    if has_changes(session):
         return True
-    if not session.is_active:  # a flush has failed: SQLAlchemy has rolled back already
-        return None
-    undone = getattr(session, "dbsession_undone", False)
-    found = {_driver.has_written(each, undone=undone) for each, _ in connections(session)}
-    return True if True in found else None if None in found else False
+    found: set[bool | None] = {None}
+    if session.is_active:  # else a flush has failed: SQLAlchemy has rolled back already
+        undone = getattr(session, "dbsession_undone", False)
+        found = {_driver.has_written(each, undone=undone) for each, _ in connections(session)}
+    if found <= {False}:
+        return False  # at AUTOCOMMIT, though it was flushed
+    flushed = getattr(session, "dbsession_flushed", None) is not None
+    return True if flushed or True in found else None
 
 
 def is_autocommit(session: Session) -> bool:

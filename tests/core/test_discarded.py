@@ -20,6 +20,7 @@ from tests.core.discards import (
     DISCARDS,
     HARMLESS,
     WRITES,
+    flush,
     insert_by_text,
 )
 from tests.support.errors import AppError
@@ -458,15 +459,16 @@ def test_an_unknown_database_leaves_it_unknown(caplog: pytest.LogCaptureFixture)
     engine.dispose()
 
 
+@pytest.mark.parametrize("write", [insert_by_text, flush])
 def test_autocommit_has_nothing_to_lose(
-    postgres_database: Database, caplog: pytest.LogCaptureFixture
+    postgres_database: Database, caplog: pytest.LogCaptureFixture, write: Work
 ) -> None:
     """Each statement is committed by itself."""
     engine = make_engine(postgres_database.url, isolation_level="AUTOCOMMIT")
     registry = make_registry(engine)
 
     with session_scope(registry):
-        insert_by_text(registry)
+        write(registry)
         registry.remove()
 
     assert postgres_database.notes() == ["lost"]

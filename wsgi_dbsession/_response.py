@@ -139,7 +139,7 @@ class Response:
                 self._blocks = iter(())  # whoever asks again does not ask the application
             else:
                 sent += len(block)
-                self._complete = self._complete or sent >= start.length()
+                self._complete = sent >= start.length()
             if self._complete or not start.released:
                 start.proceed(complete=self._complete)
             start.sent = sent

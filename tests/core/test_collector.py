@@ -176,6 +176,7 @@ def test_the_scope_is_found_past_a_block_that_was_collected(
 
     assert hooked == [True, True]
     assert sqlite_database.notes() == ["block", "block", "request", "request"]
+    forget_the_last(sqlite_registry)
     assert_nothing_left(sqlite_registry)
 
 
@@ -200,6 +201,12 @@ def test_many_abandoned_blocks_leave_no_scope(sqlite_registry: Registry, where: 
 
     # The last of them, and the block around it, until the context variable is set again.
     assert alive() <= before + (2 if where == "in a block" else 1)
+    forget_the_last(sqlite_registry)
+
+
+def forget_the_last(registry: Registry) -> None:
+    with session_scope(registry):
+        pass
 
 
 # -- late work ------------------------------------------------------------------------------------

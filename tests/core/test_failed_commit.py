@@ -17,6 +17,7 @@ from tests.support.moments import MOMENTS, flush_note, moment_of, one_block
 from tests.support.wsgi import (
     BLOCK_BY_BLOCK,
     BODIES,
+    Counted,
     Program,
     Server,
     ask,
@@ -296,6 +297,28 @@ def test_the_answer_to_a_failed_commit_is_closed(
 
     assert (reply.status, reply.body) == ("503 Service Unavailable", b"sorry")
     assert reply.errors == []
+    assert apology.closed == 1
+
+
+@pytest.mark.promise("commit_error")
+@pytest.mark.parametrize("body", ["list body", "unsized generator"])
+def test_the_answer_is_closed_once(sqlite_registry: scoped_session[Session], body: str) -> None:
+    """Though the client leaves before its end."""
+    apology = Counted([b"so", b"rry"])
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        start_response("503 Service Unavailable", [])
+        return apology
+
+    program = Program(lambda: sqlite_registry.add(Book(author_id=7)))
+    app = one_block(program, "3") if body == "unsized generator" else BODIES[body](program)
+    response: Any = SessionMiddleware(app, sqlite_registry, commit_error=answer)(
+        make_environ(), Server().start_response
+    )
+
+    assert next(iter(response)) == b"so"
+    response.close()
+
     assert apology.closed == 1
 
 

@@ -14,7 +14,7 @@ import pytest
 from tests.support.errors import AppError, Kill
 from tests.support.models import Book, Database, Note
 from tests.support.moments import MOMENTS, flush_note, html, one_block, trace_commits
-from tests.support.wsgi import BODIES, Program, Server, ask, make_environ
+from tests.support.wsgi import BODIES, Counted, Program, Server, ask, make_environ
 from wsgi_dbsession import SessionMiddleware, current_scope
 
 if TYPE_CHECKING:
@@ -359,21 +359,6 @@ def test_written_blocks_come_before_the_others(
     assert len(server.starts) == 1
 
 
-class Counted:
-    """A body that counts how often it is closed."""
-
-    def __init__(self, blocks: Iterable[bytes]) -> None:
-        self.blocks = iter(blocks)
-        self.closed = 0
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self.blocks
-
-    def close(self) -> None:
-        """Count."""
-        self.closed += 1
-
-
 def break_off() -> Iterator[bytes]:
     yield b"one"
     raise AppError
@@ -417,6 +402,23 @@ def test_the_body_is_closed_once(
 
     assert body.closed == 1
     assert list(blocks) == []
+
+
+def test_a_generator_that_nobody_asks_is_closed(sqlite_registry: scoped_session[Session]) -> None:
+    """With commit_on="close" it has not even begun, so no start is known."""
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
+        start_response("200 OK", html())
+        yield b"one"
+
+    environ = make_environ()
+    wrapped = SessionMiddleware(app, sqlite_registry, commit_on="close")
+    response: Any = wrapped(environ, Server().start_response)
+    scope = environ["wsgi_dbsession.scope"]
+
+    response.close()
+
+    assert (scope.environ, scope.outcome) == (None, None)
 
 
 def test_a_body_that_cannot_be_iterated_over_is_closed(

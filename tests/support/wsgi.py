@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from wsgiref.handlers import SimpleHandler
@@ -45,6 +46,9 @@ def assert_nothing_left(*registries: scoped_session[Session]) -> None:
     """Fail if a scope, a Session or a connection is left."""
     with pytest.raises(NoScopeError):
         current_scope()
+    # A scope that is over is not found, but the context must not keep it either.
+    variables = [each for each in copy_context().items() if each[0].name == "wsgi_dbsession.scope"]
+    assert [value for _, value in variables if value is not None] == []
     for registry in registries:
         assert not open_sessions(registry)
         pool: Any = registry.session_factory.kw["bind"].pool
@@ -374,6 +378,21 @@ def writing_app(program: Program) -> WSGIApplication:
         return []
 
     return app
+
+
+class Counted:
+    """A body that counts how often it is closed."""
+
+    def __init__(self, blocks: Iterable[bytes]) -> None:
+        self.blocks = iter(blocks)
+        self.closed = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self.blocks
+
+    def close(self) -> None:
+        """Count."""
+        self.closed += 1
 
 
 BODIES: dict[str, Callable[[Program], WSGIApplication]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,8 @@ class Step:
 
     def enter(self) -> None:
         """Start a step: this scope is the current one, in this thread, greenlet and context."""
-        innermost = self._innermost
         # A generator may have been suspended in a `session_scope` block of its own.
-        active = innermost is not None and innermost.in_step
-        self._token = _set(innermost if active else self)
+        self._token = _set(self._innermost or self)
         self.in_step = True
 
     def leave(self) -> None:
@@ -47,9 +46,7 @@ class Step:
 
     def enter_block(self) -> None:
         """Start a ``session_scope`` block."""
-        innermost = _get()
-        if innermost is not None and not innermost.in_step:
-            _set(active_step())  # or the blocks that the collector closed would pile up
+        _set(active_step())  # or the blocks that the collector closed would pile up
         self.enter()
 
     def leave_block(self, error: BaseException | None = None) -> None:
@@ -62,10 +59,8 @@ class Step:
         self.in_step = False
         if isinstance(error, GeneratorExit) or _get() is not self or self._token is None:
             return
-        try:
+        with suppress(ValueError):  # a generator's block that was entered in another context
             _reset(self._token)
-        except ValueError:  # a generator's block that was entered in another context
-            _set(self.outer)
 
     @property
     def outer(self) -> Step | None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator, Iterator
     from pathlib import Path
 
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
     from sqlalchemy.orm import Session, scoped_session
 
 pytestmark = pytest.mark.promise("blocks")
@@ -282,6 +283,49 @@ async def coroutine_function() -> None:
 
 async def async_generator_function() -> AsyncIterator[None]:
     yield
+
+
+def test_blocks_may_end_in_another_order(
+    sqlite_database: Database, sqlite_registry: scoped_session[Session]
+) -> None:
+    """Two generators, each with a block of its own: the one that goes on has its scope."""
+
+    def block(text: str) -> Iterator[Scope]:
+        with session_scope(sqlite_registry) as scope:
+            yield scope
+            assert current_scope() is scope
+            sqlite_registry.add(Note(text=text))
+
+    first, second = block("first"), block("second")
+    outer, inner = next(first), next(second)
+    with pytest.raises(AssertionError):
+        next(first)  # in the block of the second, which was entered after it
+    assert current_scope() is inner
+    assert list(second) == []
+
+    assert find_scope() is None
+    assert (outer.outcome, inner.outcome) == (None, "commit")
+    assert sqlite_database.notes() == ["second"]
+    with session_scope(sqlite_registry):
+        pass  # until then, the context keeps the last of them
+
+
+def test_a_hook_sees_the_scope_that_it_belongs_to(
+    sqlite_registry: scoped_session[Session],
+) -> None:
+    """Though a block is open where it was registered, and where the outcome comes."""
+    seen: list[bool] = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
+        scope = current_scope()
+        start_response("200 OK", [("Content-Length", "3")])
+        with session_scope(sqlite_registry):
+            scope.on_commit(lambda: seen.append(current_scope() is scope))
+            yield b"one"
+
+    Server().run(SessionMiddleware(app, sqlite_registry), make_environ())
+
+    assert seen == [True]
 
 
 @pytest.mark.promise("constructors")

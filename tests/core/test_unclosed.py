@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,6 +28,21 @@ if TYPE_CHECKING:
     from wsgi_dbsession._moment import CommitOn
 
 pytestmark = pytest.mark.promise("unclosed")
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_request_is_no_cycle(sqlite_registry: scoped_session[Session], body: str) -> None:
+    """Its scope is gone with the response, without a collection."""
+    program = Program(lambda: flush_note(sqlite_registry, "a"))
+    environ = make_environ()
+    gc.disable()
+    try:
+        Server().run(SessionMiddleware(BODIES[body](program), sqlite_registry), environ)
+        scope = weakref.ref(environ.pop("wsgi_dbsession.scope"))
+
+        assert scope() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("commit_on", MOMENTS)

@@ -161,15 +161,15 @@ def has_written(connection: Connection, *, undone: bool = False) -> bool | None:
     own = getattr(connection, "has_written", None)
     if own is not None:
         return bool(own())
-    if connection.closed or not connection.in_transaction():
-        return False
     if is_autocommit(connection):
         # It keeps what was written; but what a read-only one has refused would be lost.
         return not connection.invalidated and bool(
             spoiler(connection, connection.get_transaction())
         )
-    if connection.invalidated:
+    if connection.closed or connection.invalidated:  # and so rolled back
         return None
+    if not connection.in_transaction():
+        return False
     driver = _driver_of(connection)
     counted = None if undone else True  # what was taken back is counted further on
     if hasattr(driver, "total_changes"):  # SQLite

@@ -22,6 +22,7 @@ from tests.core.discards import (
     WRITES,
     flush,
     insert_by_text,
+    read,
 )
 from tests.support.errors import AppError
 from tests.support.models import Base, Database, Note, make_engine, without_autocommit
@@ -457,6 +458,38 @@ def test_an_unknown_database_leaves_it_unknown(caplog: pytest.LogCaptureFixture)
 
     assert "closed a Session in an open transaction" in caplog.text
     engine.dispose()
+
+
+@pytest.mark.parametrize("work", [insert_by_text, read])
+def test_after_its_connection_was_closed_it_is_unknown(
+    stocked: tuple[Registry, Database], caplog: pytest.LogCaptureFixture, work: Work
+) -> None:
+    """Whoever closes the Session's own connection, as one of an engine, rolls back in silence."""
+    registry, _ = stocked
+
+    with session_scope(registry):
+        work(registry)
+        registry.connection().close()
+        registry.remove()
+
+    assert "closed a Session in an open transaction" in caplog.text
+
+
+def test_what_was_flushed_before_its_connection_was_closed_is_lost(
+    stocked: tuple[Registry, Database],
+) -> None:
+    """The Session knows of it."""
+    registry, database = stocked
+
+    with (
+        pytest.raises(RuntimeError, match="what it had written is lost"),
+        session_scope(registry),
+    ):
+        flush(registry)
+        registry.connection().close()
+        registry.remove()
+
+    assert database.notes() == ["there"]
 
 
 @pytest.mark.parametrize("write", [insert_by_text, flush])

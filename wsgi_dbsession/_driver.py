@@ -166,8 +166,8 @@ def has_written(connection: Connection, *, undone: bool = False) -> bool | None:
         return not connection.invalidated and bool(
             spoiler(connection, connection.get_transaction())
         )
-    if connection.closed or connection.invalidated:  # and so rolled back
-        return None
+    if connection.closed or connection.invalidated or _driver_of(connection) is None:
+        return None  # and has been rolled back
     if not connection.in_transaction():
         return False
     driver = _driver_of(connection)

@@ -240,6 +240,12 @@ def _refuse_spoiled(session: Session) -> Transactions:
     found = connections(session)
     for connection, transaction in found:
         driver = connection.connection.dbapi_connection  # raises if it was invalidated
+        if driver is None:
+            msg = (
+                "cannot commit: Session.connection().connection was closed, and so rolled back. "
+                "Remove that line: the Session gives the connection back to its pool"
+            )
+            raise exc.ResourceClosedError(msg)
         if connection.in_transaction():
             error = _driver.spoiler(connection, transaction)
             if error is not None or _driver.is_aborted(driver):

@@ -12,7 +12,7 @@ import pytest
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import create_engine, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, ResourceClosedError
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.pool import StaticPool
 
@@ -460,23 +460,36 @@ def test_an_unknown_database_leaves_it_unknown(caplog: pytest.LogCaptureFixture)
     engine.dispose()
 
 
+def close_connection(registry: Registry) -> None:
+    registry.connection().close()
+
+
+def give_connection_back(registry: Registry) -> None:
+    registry.connection().connection.close()
+
+
+@pytest.mark.parametrize("close", [close_connection, give_connection_back])
 @pytest.mark.parametrize("work", [insert_by_text, read])
 def test_after_its_connection_was_closed_it_is_unknown(
-    stocked: tuple[Registry, Database], caplog: pytest.LogCaptureFixture, work: Work
+    stocked: tuple[Registry, Database],
+    caplog: pytest.LogCaptureFixture,
+    work: Work,
+    close: Work,
 ) -> None:
     """Whoever closes the Session's own connection, as one of an engine, rolls back in silence."""
     registry, _ = stocked
 
     with session_scope(registry):
         work(registry)
-        registry.connection().close()
+        close(registry)
         registry.remove()
 
     assert "closed a Session in an open transaction" in caplog.text
 
 
+@pytest.mark.parametrize("close", [close_connection, give_connection_back])
 def test_what_was_flushed_before_its_connection_was_closed_is_lost(
-    stocked: tuple[Registry, Database],
+    stocked: tuple[Registry, Database], close: Work
 ) -> None:
     """The Session knows of it."""
     registry, database = stocked
@@ -486,9 +499,26 @@ def test_what_was_flushed_before_its_connection_was_closed_is_lost(
         session_scope(registry),
     ):
         flush(registry)
-        registry.connection().close()
+        close(registry)
         registry.remove()
 
+    assert database.notes() == ["there"]
+
+
+def test_a_connection_that_was_given_back_cannot_commit(
+    stocked: tuple[Registry, Database],
+) -> None:
+    """It was rolled back then, and the error says so."""
+    registry, database = stocked
+
+    with (
+        pytest.raises(ResourceClosedError, match="Remove that line"),
+        session_scope(registry) as s,
+    ):
+        insert_by_text(registry)
+        give_connection_back(registry)
+
+    assert (s.outcome, s.reason) == ("rollback", "rolled back")
     assert database.notes() == ["there"]
 
 

@@ -38,6 +38,7 @@ def order() -> tuple[dict[str, int], int]:
     """Add a note, and take some time over it."""
     note = Note(text=flask.request.get_data(as_text=True))
     Session.add(note)
+    Session.flush()  # a textual statement does so from SQLAlchemy 2.1 on only
     Session.execute(text("SELECT pg_sleep(0.05)"))
     return {"number": note.id, "worker": os.getpid()}, 201
 

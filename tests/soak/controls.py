@@ -203,7 +203,7 @@ def _refuse_no_discarded() -> None:
 
 
 def _call_unknown_a_rollback() -> None:
-    _replace(_transaction, "_was_sent", lambda failure: False)
+    _replace(_transaction, "_leaves_open", lambda failure: False)
 
 
 def _retry_everything() -> None:

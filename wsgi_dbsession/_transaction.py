@@ -177,7 +177,8 @@ class Commit:
         try:
             session.prepare()
         except BaseException as error:
-            if _leaves_open(error):
+            # The first SQLAlchemy 2.0 hides it: it refuses its own rollback.
+            if _leaves_open(error) or _leaves_open(error.__context__ or error):
                 self._doubtful += _gids(found)
             raise
         self._prepared.append((session, found))

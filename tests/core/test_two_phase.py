@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import Engine, event, text
-from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import IllegalStateChangeError, IntegrityError, SQLAlchemyError
 
 from tests.support.errors import AppError, Kill, raise_error, raise_kill
 from tests.support.models import Book, Database, Note, make_engine
@@ -165,14 +165,16 @@ def test_a_prepare_that_fails_in_one_of_a_sessions_databases_commits_nothing(
     assert_nothing_left(registry)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["out of the driver", "hidden"])
 def test_a_prepare_whose_answer_is_lost_is_named(
     two_phase: tuple[Registry, Registry],
     postgres_database: Database,
     other_postgres_database: Database,
+    known: bool,
 ) -> None:
     """It may wait for a decision, and nobody else finds it.
 
-    SQLAlchemy tries to take it back; that this fails too, says nothing.
+    SQLAlchemy tries to take it back; that this fails too, and hides the first error, says nothing.
     """
     engine = make_engine(postgres_database.url)
     registry = make_registry(engine, twophase=True)
@@ -183,17 +185,26 @@ def test_a_prepare_whose_answer_is_lost_is_named(
         connection.connection.driver_connection.close()  # type: ignore[union-attr]
         raise OSError(9, "broken")
 
-    setattr(engine.dialect, "do_prepare_twophase", lose_the_answer)  # noqa: B010 - mypy refuses it
-    with pytest.raises(OperationalError) as caught, session_scope(two_phase[1], registry) as scope:
+    def do_prepare_twophase(connection: Connection, gid: str) -> None:
+        lose_the_answer(connection, gid)
+
+    prepares = do_prepare_twophase if known else lose_the_answer
+    setattr(engine.dialect, "do_prepare_twophase", prepares)  # noqa: B010 - mypy refuses it
+    with (
+        pytest.raises((OSError, SQLAlchemyError)) as caught,
+        session_scope(two_phase[1], registry) as scope,
+    ):
         registry.add(Note(text="a"))
         two_phase[1].add(Note(text="b"))
     gid = resolve(postgres_database)
 
-    assert (scope.outcome, scope.reason) == ("unknown", "unknown")
-    assert notes_of(caught.value)[-1].endswith(f"; prepared transactions: {gid!r}")
     assert postgres_database.notes() == ["a"]
     assert other_postgres_database.notes() == []
     engine.dispose()
+    if isinstance(caught.value, IllegalStateChangeError) and not known:
+        pytest.skip("the first SQLAlchemy 2.0 refuses its own rollback, and so hides nothing else")
+    assert (scope.outcome, scope.reason) == ("unknown", "unknown")
+    assert notes_of(caught.value)[-1].endswith(f"; prepared transactions: {gid!r}")
 
 
 def test_what_was_prepared_is_left_to_whoever_resolves_it(

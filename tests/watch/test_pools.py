@@ -270,8 +270,8 @@ def test_a_watch_outlives_its_engine(make_watch: Callable[..., Watch]) -> None:
         with session_scope(registry, name=name):
             registry.execute(SELECT, bind_arguments={"bind": engine})
         engine.dispose()
-        del engine
         assert [use.name for use in watch.pools()] == ["sqlite"]
+        del engine
         gc.collect()
         assert watch.pools() == []
 

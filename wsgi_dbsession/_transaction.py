@@ -224,7 +224,8 @@ class Commit:
                 f"partly committed, {done} transactions before the failed one{prepared}",
             )
         if self._doubtful or _leaves_open(failure):
-            return "unknown", f"COMMIT not confirmed, outcome unknown{prepared}"
+            why = "connection lost during COMMIT, " if _leaves_open(failure) else ""
+            return "unknown", f"{why}outcome unknown{prepared}"
         if any(map(is_autocommit, self._sessions)):
             return "rolled back", "commit failed, but AUTOCOMMIT keeps what was written"
         return "rolled back", "commit failed, rolled back"

@@ -140,7 +140,9 @@ def test_a_connection_dropped_during_the_commit_is_not_called_a_rollback(
 
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("wsgi_dbsession", logging.ERROR)
-    assert record.getMessage().startswith("POST /notes: COMMIT not confirmed, outcome unknown: ")
+    assert record.getMessage().startswith(
+        "POST /notes: connection lost during COMMIT, outcome unknown: "
+    )
 
 
 def test_a_connection_dropped_before_the_flush_of_the_commit_is_a_rollback(

@@ -404,7 +404,7 @@ def test_the_body_is_closed_once(
     assert list(blocks) == []
 
 
-def test_a_generator_that_nobody_asks_is_closed(sqlite_registry: scoped_session[Session]) -> None:
+def test_a_generator_that_never_began_is_closed(sqlite_registry: scoped_session[Session]) -> None:
     """With commit_on="close" it has not even begun, so no start is known."""
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:

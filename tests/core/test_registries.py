@@ -105,7 +105,7 @@ def test_a_session_without_autobegin_loses_nothing(sqlite_database: Database) ->
 def test_a_session_of_the_applications_own_making_is_committed(
     sqlite_database: Database, sqlite_registry: scoped_session[Session]
 ) -> None:
-    """Though nobody asks the registry for it."""
+    """Even if the registry is never asked for it."""
     with session_scope(sqlite_registry):
         session = sqlite_registry.session_factory()
         session.add(Note(text="a"))
@@ -131,7 +131,7 @@ def test_a_session_that_was_removed_is_its_owners(
 def test_a_session_that_outlives_its_scope_is_its_owners(
     sqlite_registry: scoped_session[Session], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody warns of what it discards then."""
+    """No warning names what it discards then."""
     with session_scope(sqlite_registry) as scope:
         session = sqlite_registry()
     session.begin_nested().rollback()

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
-from tests.support.errors import AppError, Kill, raise_kill
+from tests.support.errors import AppError, Kill, notes_of, raise_kill
 from tests.support.models import Author, Book, Database, Note, make_engine
 from tests.support.wsgi import ask, make_registry
 from wsgi_dbsession import Scope, SessionMiddleware, current_scope, session_scope
@@ -30,11 +30,6 @@ def hooked(hooks: list[str]) -> None:
     scope = current_scope()
     scope.on_commit(hooks.append, "commit")
     scope.on_rollback(hooks.append, "rollback")
-
-
-def notes_of(error: BaseException) -> list[str]:
-    found: list[str] = getattr(error, "__notes__", [])
-    return found
 
 
 def fails_in(engine: Engine, method: str, error: BaseException, *, after: bool = False) -> None:
@@ -154,8 +149,8 @@ def test_what_comes_out_of_commit_is_unknown(
     assert (scope.outcome, scope.reason) == ("unknown", "unknown")
     assert scope.failure is caught.value
     assert hooks == []
-    assert notes_of(caught.value)[-1].endswith("COMMIT not confirmed, outcome unknown")
-    assert "COMMIT not confirmed, outcome unknown" in caplog.text
+    assert notes_of(caught.value)[-1].endswith("connection lost during COMMIT, outcome unknown")
+    assert "connection lost during COMMIT, outcome unknown" in caplog.text
     assert postgres_database.notes() == (["a"] if after else [])
 
 

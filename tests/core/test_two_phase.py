@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import IllegalStateChangeError, IntegrityError, SQLAlchemyError
 
-from tests.support.errors import AppError, Kill, raise_error, raise_kill
+from tests.support.errors import AppError, Kill, notes_of, raise_error, raise_kill
 from tests.support.models import Book, Database, Note, make_engine
 from tests.support.wsgi import assert_nothing_left, make_registry
 from wsgi_dbsession import session_scope
@@ -172,9 +172,9 @@ def test_a_prepare_whose_answer_is_lost_is_named(
     other_postgres_database: Database,
     known: bool,
 ) -> None:
-    """It may wait for a decision, and nobody else finds it.
+    """It may be prepared, and holds its locks until someone who reads the log ends it.
 
-    SQLAlchemy tries to take it back; that this fails too, and hides the first error, says nothing.
+    SQLAlchemy's rollback fails too, and its error may hide the first one.
     """
     engine = make_engine(postgres_database.url)
     registry = make_registry(engine, twophase=True)
@@ -229,13 +229,10 @@ def test_what_was_prepared_is_left_to_whoever_resolves_it(
     gids = [resolve(each) for each in databases]
 
     assert (scope.outcome, scope.reason) == ("unknown", "unknown")
-    assert all(repr(gid) in notes_of(caught.value)[-1] for gid in gids)
+    words = notes_of(caught.value)[-1]
+    assert words.startswith("session_scope: outcome unknown; prepared transactions: ")
+    assert all(repr(gid) in words for gid in gids)
     assert [each.notes() for each in databases] == [["a"], ["a"]]
-
-
-def notes_of(error: BaseException) -> list[str]:
-    found: list[str] = getattr(error, "__notes__", [])
-    return found
 
 
 def resolve(database: Database) -> str:

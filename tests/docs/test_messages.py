@@ -13,7 +13,7 @@ PAGE = DOCUMENT.read_text(encoding="utf-8")
 #: what `Commit.explain()` says, as the part of a line that varies
 EXPLANATIONS = (
     "commit failed, rolled back",
-    "COMMIT not confirmed, outcome unknown",
+    "connection lost during COMMIT, outcome unknown",
     "partly committed",
     "committed, but something failed afterwards",
 )

@@ -22,6 +22,12 @@ def fail() -> None:
     raise AppError
 
 
+def notes_of(error: BaseException) -> list[str]:
+    """Return what ``add_note()`` has added to an error."""
+    found: list[str] = getattr(error, "__notes__", [])
+    return found
+
+
 def raise_error(*_: object) -> None:
     raise AppError
 

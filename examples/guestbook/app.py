@@ -63,7 +63,7 @@ def sign() -> Redirect:
 
 @pages.post("/crash")
 def crash() -> str:
-    Session.add(Entry(text="lost", guest=the_guest("Nobody")))
+    Session.add(Entry(text="lost", guest=the_guest("Anonymous")))
     Session.flush()
     raise RuntimeError("a bug after the INSERT")
 
@@ -76,7 +76,7 @@ def stranger() -> str:
 
 @pages.post("/discard")
 def discard() -> str:
-    Session.add(Entry(text="lost", guest=the_guest("Nobody")))
+    Session.add(Entry(text="lost", guest=the_guest("Anonymous")))
     Session.flush()
     Session.remove()  # copied from a tutorial: discards the entry
     return "Thank you for your entry!"

@@ -288,7 +288,7 @@ def rollback(sessions: Iterable[Session], error: BaseException | None = None) ->
     """
     interrupted = error is not None and not isinstance(error, Exception)
     interruption = None
-    for session in sessions:
+    for session in list(sessions):  # a listener may ask for another one
         failure = undo(session, "invalidate" if interrupted else "rollback")
         interruption = interruption or failure
     if interruption is not None and error is None:

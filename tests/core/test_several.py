@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 
 from tests.support.models import Book, Database, Note
@@ -108,3 +109,28 @@ def test_a_later_commit_that_fails_cannot_take_back_an_earlier_one(
 
     assert (scope.outcome, scope.reason) == ("partial", "partly committed")
     assert postgres_database.notes() == ["a"]
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError()], ids=["doomed", "error"])
+def test_a_listener_of_the_rollback_asks_for_another_session(
+    two: tuple[Registry, Registry], sqlite_registry: Registry, error: Exception | None
+) -> None:
+    """Each Session is rolled back all the same."""
+    first, second = two
+    asked: list[int] = []
+
+    @event.listens_for(first.session_factory, "after_soft_rollback")
+    def on_rollback(session: Session, transaction: Any) -> None:
+        asked.append(sqlite_registry.scalars(text("SELECT 1")).one())
+
+    expected = contextlib.nullcontext() if error is None else pytest.raises(ZeroDivisionError)
+    with expected, session_scope(first, second, sqlite_registry) as scope:
+        for each in two:
+            each.add(Note(text="a"))
+            each.flush()
+        scope.doom()
+        if error is not None:
+            raise error
+
+    assert asked
+    assert scope.outcome == "rollback"

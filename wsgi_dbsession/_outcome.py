@@ -307,7 +307,6 @@ class Unit(Observed):
         interruption = None
         while self.sessions:
             session = self.sessions.pop(next(iter(self.sessions)))
-            session.dbsession_scope = None  # type: ignore[attr-defined]
             failure = undo(session, "close")
             interruption = interruption or failure
         return interruption

@@ -19,6 +19,7 @@ from ._fork import forget_inherited
 from ._hooks import open_savepoints
 from ._pooler import warn_behind_pooler
 from ._scope import Observer, current_scope, find_scope
+from ._step import scopes
 from ._transaction import AdoptedSession, has_changes
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class SessionRegistry(ScopedRegistry[Session]):
         if session is None:
             forget_inherited()
             session = self.createfunc()
-            self._keep(scope, session)
+            self.store(scope, session)
         return session
 
     def has(self) -> bool:
@@ -63,7 +64,7 @@ class SessionRegistry(ScopedRegistry[Session]):
         scope = current_scope()
         scope.context = copy_context()
         self.clear()
-        self._keep(scope, obj)
+        self.store(scope, obj)
 
     def clear(self) -> None:
         """Close the scope's Session, if there is one, and forget it."""
@@ -71,10 +72,10 @@ class SessionRegistry(ScopedRegistry[Session]):
         session = None if scope is None else scope.sessions.get(self)
         if scope is not None and session is not None:
             session.close()  # a Session that is forgotten is not to keep its connection
-            session.dbsession_scope = None  # type: ignore[attr-defined]
             scope.sessions.pop(self, None)
 
-    def _keep(self, scope: Scope, session: Session) -> None:
+    def store(self, scope: Scope, session: Session) -> None:
+        """Keep a Session on the scope."""
         session.dbsession_scope = scope  # type: ignore[attr-defined]
         session.dbsession_pid = os.getpid()  # type: ignore[attr-defined]
         scope.sessions[self] = session
@@ -141,9 +142,26 @@ def _adopt(registry: scoped_session[Any]) -> SessionRegistry:
             event.listen(factory, "after_commit", _after_commit, insert=True)
             event.listen(factory, "after_flush", _after_flush, insert=True)
             event.listen(factory, "after_soft_rollback", _after_rollback, insert=True)
+            event.listen(factory, "after_transaction_create", _after_begin, insert=True)
         adopted = registry.registry = SessionRegistry(factory)
         warn_behind_pooler()
     return adopted
+
+
+def _after_begin(session: AdoptedSession, transaction: SessionTransaction) -> None:
+    """Look after a Session that was closed, and that the application has kept."""
+    own = session.dbsession_scope
+    if own is None or session in own.sessions.values() or (scope := find_scope()) is None:
+        return
+    if own in scopes():  # Session.remove() has closed it
+        SessionRegistry(sessionmaker()).store(own, session)
+        return
+    transaction.close()  # or the next statement would not begin one, and pass
+    msg = (
+        f"{scope.name}: nothing would commit a Session that was kept from a scope that is over. "
+        "Keep the scoped_session, and not what `Session()` returns"
+    )
+    raise RuntimeError(msg)
 
 
 def _after_commit(session: AdoptedSession) -> None:

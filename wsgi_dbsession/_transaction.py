@@ -31,7 +31,7 @@ class AdoptedSession(Session):
     """A Session that reports what a ``close()`` discards; mixed into the application's class."""
 
     dbsession_lines: ClassVar[set[str]]  # that closed one, and were named in a warning
-    dbsession_scope: Any = None  # that has it, until it is closed
+    dbsession_scope: Any = None  # for which a registry made it
     dbsession_pid: int  # of the process that made it
     # Of the transaction that runs: the savepoints in which something was flushed, if it was, and
     # whether one was rolled back.
@@ -55,8 +55,9 @@ class AdoptedSession(Session):
         super().invalidate()
 
     def _report_discard(self) -> None:
-        if self.dbsession_scope is not None and is_begun(self):
-            self.dbsession_scope.discarded(self)
+        scope = self.dbsession_scope
+        if scope is not None and self in scope.sessions.values() and is_begun(self):
+            scope.discarded(self)
 
 
 def is_begun(session: Session) -> bool:

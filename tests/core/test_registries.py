@@ -114,20 +114,6 @@ def test_a_session_of_the_applications_own_making_is_committed(
     assert sqlite_database.notes() == ["a"]
 
 
-def test_a_session_that_was_removed_is_its_owners(
-    sqlite_database: Database, sqlite_registry: scoped_session[Session]
-) -> None:
-    """What it does then is none of the scope's business."""
-    with session_scope(sqlite_registry) as scope:
-        session = sqlite_registry()
-        sqlite_registry.remove()
-        session.execute(text("INSERT INTO note (text) VALUES ('a')"))
-        session.close()
-
-    assert scope.outcome == "commit"
-    assert sqlite_database.notes() == []
-
-
 def test_a_session_that_outlives_its_scope_is_its_owners(
     sqlite_registry: scoped_session[Session], caplog: pytest.LogCaptureFixture
 ) -> None:

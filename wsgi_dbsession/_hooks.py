@@ -37,10 +37,10 @@ class Hook(NamedTuple):
 
 
 def open_savepoints(session: Session) -> list[SessionTransaction]:
-    """Return the savepoints in which a Session is, the innermost first."""
+    """Return the savepoint in which a Session is, and each transaction around it."""
     found: list[SessionTransaction] = []
-    savepoint = session.get_nested_transaction()
-    while savepoint is not None and savepoint.nested:
-        found.append(savepoint)
-        savepoint = savepoint.parent
+    transaction = session.get_nested_transaction()
+    while transaction is not None:
+        found.append(transaction)
+        transaction = transaction.parent
     return found

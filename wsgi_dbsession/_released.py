@@ -29,7 +29,6 @@ class Released:
     __slots__ = ("_guarded", "_scope", "place")
 
     def __init__(self, scope: Any) -> None:
-        self.place = ""
         self._scope = scope
         self._guarded: list[tuple[Session, dict[str, Any]]] = []
 

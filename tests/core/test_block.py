@@ -172,6 +172,7 @@ def test_a_decorated_function_is_a_block_for_every_call(
     assert (job.__name__, job.__doc__) == ("job", "Work.")
     assert sqlite_database.notes() == ["a", "b"]
     assert len({id(scope) for scope in scopes}) == 3
+    assert {scope.name for scope in scopes} == {job.__qualname__}
 
 
 def test_a_decorated_function_that_raises_is_rolled_back(

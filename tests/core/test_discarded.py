@@ -195,6 +195,18 @@ def test_a_thread_may_close_the_session_that_it_was_given(
     assert postgres_database.notes() == []
 
 
+def test_the_first_discard_is_named(sqlite_registry: Registry) -> None:
+    """It is the one with which the loss began."""
+    with (
+        pytest.raises(RuntimeError, match=r"discards\.py:\d+ in remove"),
+        session_scope(sqlite_registry),
+    ):
+        insert_by_text(sqlite_registry)
+        DISCARDS["Session.remove()"](sqlite_registry)
+        insert_by_text(sqlite_registry)
+        DISCARDS["Session.close()"](sqlite_registry)
+
+
 def test_each_outcome_covers_its_own_discards(
     sqlite_registry: Registry, sqlite_database: Database
 ) -> None:

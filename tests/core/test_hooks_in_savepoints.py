@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError
 
 from tests.support.errors import AppError
@@ -215,3 +216,24 @@ def test_a_flush_that_fails_outside_of_a_savepoint_drops_none(sqlite_registry: R
         fail_in_a_flush(sqlite_registry)
 
     assert calls == ["before", "released"]
+
+
+def test_a_savepoint_that_a_listener_of_the_flush_makes_is_in_the_one_around_it(
+    sqlite_registry: Registry,
+) -> None:
+    """The flush has a transaction of its own between the two."""
+    calls: list[str] = []
+
+    with session_scope(sqlite_registry) as scope:
+
+        @event.listens_for(sqlite_registry(), "after_flush")
+        def on_flush(session: Session, context: object) -> None:
+            with session.begin_nested():
+                scope.on_commit(calls.append, "in the flush")
+
+        savepoint = sqlite_registry.begin_nested()
+        sqlite_registry.add(Note(text="a"))
+        sqlite_registry.flush()
+        savepoint.rollback()
+
+    assert calls == []

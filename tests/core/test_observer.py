@@ -515,4 +515,20 @@ def test_the_methods_of_a_base_class_are_called(sqlite_registry: Registry) -> No
     with observe(sqlite_registry, Both()), session_scope(sqlite_registry):
         pass
 
+    assert Both.hears == {"opened", "closed"}
     assert heard == ["opened", "closed"]
+
+
+def test_the_class_of_an_observer_may_take_options() -> None:
+    """They are those of another base class."""
+
+    class Named:
+        name = ""
+
+        def __init_subclass__(cls, *, name: str) -> None:
+            cls.name = name
+
+    class Both(Observer, Named, name="both"):
+        pass
+
+    assert Both.name == "both"

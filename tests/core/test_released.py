@@ -471,18 +471,22 @@ def test_a_connection_that_is_lost_by_then_is_thrown_away(
 def test_an_interruption_of_the_rollback_leaves_nothing_refused(
     postgres_registry: Registry, postgres_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The connection is thrown away, and the block does not begin."""
+    """The connection is thrown away, even if it seems to work again, and no block begins."""
     stock(postgres_database)
+    dialect = postgres_database.engine.dialect
 
     def interrupt(connection: object) -> None:
+        monkeypatch.undo()
         raise Kill
 
     with session_scope(postgres_registry) as scope:
         note = postgres_registry.scalars(select(Note)).one()
-        with monkeypatch.context() as patch:
-            patch.setattr(postgres_database.engine.dialect, "do_rollback", interrupt)
-            with pytest.raises(Kill), scope.released():
-                pass
+        pid = postgres_registry.scalar(text("SELECT pg_backend_pid()"))
+        monkeypatch.setattr(dialect, "do_rollback", interrupt)
+        with pytest.raises(Kill), scope.released():
+            pass
+        assert postgres_registry.scalar(text("SELECT pg_backend_pid()")) != pid
+        postgres_registry.rollback()
         assert checked_out(postgres_database) == 0
         assert not scope.releases
         assert note.text == "there"

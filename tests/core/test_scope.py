@@ -68,6 +68,14 @@ def test_a_scope_tells_about_itself() -> None:
     assert repr(scope) == f"<Scope of a request that is over at {id(scope):#x}: undecided>"
 
 
+def test_a_scope_tells_about_its_outcome(sqlite_registry: scoped_session[Session]) -> None:
+    """That of a block has its name."""
+    with session_scope(sqlite_registry, name="nightly") as scope:
+        sqlite_registry()
+
+    assert repr(scope) == f"<Scope of nightly at {id(scope):#x}: commit>"
+
+
 def test_a_request_carries_its_scope(sqlite_registry: scoped_session[Session]) -> None:
     """The environ has the scope, the scope has the environ while the request lasts, and info."""
     environ = make_environ()

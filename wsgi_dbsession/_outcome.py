@@ -305,7 +305,9 @@ class Unit(Observed):
         :return: the first interruption, see :func:`undo`.
         """
         interruption = None
-        while self.sessions:
+        for _ in range(len(self.sessions) + 100):  # a listener may begin a new one at each end
+            if not self.sessions:
+                break
             session = self.sessions.pop(next(iter(self.sessions)))
             failure = undo(session, "close")
             interruption = interruption or failure

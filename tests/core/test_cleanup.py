@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from typing import TYPE_CHECKING
 
@@ -172,3 +173,28 @@ def test_a_connection_that_cannot_be_closed_hinders_nobody(
 
     assert_nothing_left(*two)
     assert other_postgres_database.notes() == []
+
+
+@pytest.mark.parametrize("way", ["the Session", "the registry"])
+def test_a_listener_that_begins_anew_at_each_end_comes_to_an_end(
+    sqlite_registry: Registry, way: str
+) -> None:
+    """The error of the outcome names it, and the last transaction is left to the collector."""
+    ends = 0
+
+    @event.listens_for(sqlite_registry.session_factory, "after_transaction_end")
+    def on_end(session: Session, transaction: object) -> None:
+        nonlocal ends
+        ends += 1
+        if ends < 1000:
+            (session if way == "the Session" else sqlite_registry()).begin()
+
+    with (
+        pytest.raises(RuntimeError, match="over 100 subsequent outcomes"),
+        session_scope(sqlite_registry) as scope,
+    ):
+        sqlite_registry.begin()
+
+    assert 100 < ends < 300
+    assert scope.outcome == "commit"
+    gc.collect()

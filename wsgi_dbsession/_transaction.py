@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Transaction
     from sqlalchemy.orm import SessionTransaction
 
-Transactions: TypeAlias = "list[tuple[Connection, Transaction]]"
+Transactions: TypeAlias = "Sequence[tuple[Connection, Transaction]]"
 Truth: TypeAlias = Literal["rolled back", "unknown", "committed", "partly committed"]
 
 
@@ -124,14 +124,16 @@ class Commit:
         attribute afterwards begins no transaction.
     """
 
+    # In the class: to set them in each instance would cost each commit.
+    _committed = 0
+    _late: BaseException | None = None  # out of an after_commit listener
+    _failed: Transactions = ()  # of the Session whose COMMIT was the last
+    _prepared: tuple[tuple[Session, Transactions], ...] = ()
+    _doubtful: tuple[str, ...] = ()  # of which it is open what becomes
+
     def __init__(self, sessions: Sequence[Session], *, final: bool = False) -> None:
         self._sessions = sessions
         self._final = final
-        self._committed = 0
-        self._late: BaseException | None = None  # out of an after_commit listener
-        self._failed: Transactions = []  # of the Session whose COMMIT was the last
-        self._prepared: list[tuple[Session, Transactions]] = []
-        self._doubtful: list[str] = []  # of which it is open what becomes
 
     def run(self) -> None:
         """Commit.
@@ -182,7 +184,7 @@ class Commit:
             if _leaves_open(error) or _leaves_open(error.__context__ or error):
                 self._doubtful += _gids(found)
             raise
-        self._prepared.append((session, found))
+        self._prepared += ((session, found),)
         self._refuse_swallowed(found)
 
     def _commit(self, session: Session, found: Transactions) -> None:
@@ -258,8 +260,8 @@ def _refuse_spoiled(session: Session) -> Transactions:
     return found
 
 
-def _gids(found: Transactions) -> list[str]:
-    return [str(getattr(transaction, "xid", "")) for _, transaction in found]
+def _gids(found: Transactions) -> tuple[str, ...]:
+    return tuple(str(getattr(transaction, "xid", "")) for _, transaction in found)
 
 
 def _refusal(error: BaseException | None) -> exc.PendingRollbackError:

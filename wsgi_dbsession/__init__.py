@@ -1,4 +1,4 @@
-"""SQLAlchemy sessions done right for WSGI: one per request, always closed with its response."""
+"""A WSGI middleware that gives each request its own SQLAlchemy Session and always closes it."""
 
 from ._block import session_scope
 from ._middleware import SessionMiddleware, default_commit_veto

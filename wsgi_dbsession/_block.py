@@ -20,11 +20,11 @@ R = TypeVar("R")
 
 
 class session_scope:  # noqa: N801 - used like contextlib's context managers
-    """A scope of your own, in a request or outside: ``with session_scope(Session):``.
+    """An independent scope, in a request or outside: ``with session_scope(Session):``.
 
-    The block is one unit of work: committed when it ends, rolled back when it raises. It is
-    independent of the scope around it: it has its own Sessions and transactions, so an audit row
-    can survive a request that is rolled back. In the block, every adopted registry works in the
+    The block is one unit of work: committed when it ends, rolled back when it raises. It has its
+    own Sessions and transactions, whatever scope is around it, so an audit row can survive a
+    request that is rolled back. In the block, every adopted registry works in the
     new scope.
 
     As a decorator, every call of the function is such a block::
@@ -33,9 +33,10 @@ class session_scope:  # noqa: N801 - used like contextlib's context managers
         def nightly() -> None: ...
 
     :param registries: the ``scoped_session`` objects to adopt.
-    :param read_only: whether the block only reads, see :attr:`Scope.read_only`. It needs Sessions
-        that are routed by it.
-    :param name: how log lines and observers call it; that of the decorated function by default.
+    :param read_only: whether the block only reads, see :attr:`Scope.read_only`. True needs a
+        Session class of :mod:`wsgi_dbsession.replica`.
+    :param name: its name in log lines and for observers; that of the decorated function by
+        default.
     :raises TypeError: a registry is not a ``scoped_session``, or what is decorated would run after
         the block has ended (a generator or coroutine function).
     :raises ValueError: there is no registry, its ``scopefunc`` is not :func:`current_scope`, or

@@ -24,7 +24,7 @@ def default_commit_veto(
 ) -> bool:
     """Roll back on status 4xx and 5xx.
 
-    Frameworks turn exceptions into such responses before a middleware could see them. The
+    Frameworks turn exceptions into such responses before a middleware can catch them. The
     signature is that of ``repoze.tm2``, so a veto of an existing application works.
 
     :param environ: the request's environ.
@@ -48,15 +48,15 @@ class SessionMiddleware:
         :func:`current_scope`. All that a request uses share one outcome.
     :param commit_on: the moment of the outcome. ``"complete"``: as late as possible while a
         failure can still reach the client. ``"headers"``: always before the response's start;
-        what a stream does after it runs in a transaction of its own. ``"close"``: when the
+        what a stream does after it runs in its own transaction. ``"close"``: when the
         response is closed, which is when the client has all of it already. ``"auto"``:
         ``"headers"`` for ``text/event-stream``, else ``"complete"``. Or a callable that is called
         with environ, status and headers, and returns one of the first three.
     :param commit_veto: called with environ, status and headers, returns whether to roll back;
         None commits on every status.
     :param commit_error: a WSGI application that answers, with status 4xx or 5xx, where the commit
-        failed and nothing has been sent yet; ``sys.exc_info()`` tells it which error that was. It
-        runs after the scope. None raises the error into the server.
+        failed and nothing has been sent yet; ``sys.exc_info()`` has that error. It runs after the
+        scope. With None the error propagates to the server.
     :param skip: called with environ, returns whether to pass the request through untouched.
     :param observers: see :class:`Observer`.
     :raises TypeError: a registry is not a ``scoped_session``, an argument is not callable, or an
@@ -66,7 +66,7 @@ class SessionMiddleware:
     """
 
     observers: tuple[Observer, ...]
-    """Who looks on at each request; a middleware around this one may add to it at construction."""
+    """The observers of each request; a middleware around this one may add some when it is made."""
 
     def __init__(
         self,

@@ -33,19 +33,23 @@ class Observed(Step):
     """
 
     reason: Reason | None
-    """Why the outcome is what it is; after a failed commit, the truth about it."""
+    """Why: "error", "doomed", "incomplete", "kept", "veto" or "complete".
+
+    After a failed commit, what the database did: "rolled back", "unknown", "committed" or
+    "partly committed".
+    """
 
     failure: BaseException | None
     """The error of the commit that failed."""
 
     observers: tuple[Any, ...]
-    """Who looks on."""
+    """The observers of this scope."""
 
     _name: str
 
     @property
     def name(self) -> str:
-        """``"POST /notes"`` for a request, for a block its name."""
+        """``"POST /notes"`` for a request, and the name of the block otherwise."""
         return self._name if self.environ is None else describe(self.environ)
 
     def join(self, observers: tuple[Any, ...]) -> None:

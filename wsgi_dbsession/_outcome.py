@@ -59,9 +59,9 @@ class Unit(Observed):
     )
 
     read_only: bool | None
-    """Whether the scope only reads, for Sessions that are routed by it; None if it did not say.
+    """Whether the scope only reads, for the Session classes of :mod:`wsgi_dbsession.replica`.
 
-    See :mod:`wsgi_dbsession.replica`. It counts for the transactions that begin afterwards.
+    None if you have not set it. It counts for the transactions that begin afterwards.
     """
 
     sessions: dict[ScopedRegistry[Session], Session]

@@ -220,7 +220,7 @@ def observers_of(
 
 
 class observe:  # noqa: N801 - used like contextlib's context managers
-    """Let an observer look on at every scope whose middleware or block has this registry.
+    """Call an observer for every scope whose middleware or block has this registry.
 
     It begins at once. As a context manager it stops at the end of the block::
 

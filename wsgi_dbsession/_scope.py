@@ -59,10 +59,11 @@ def current_scope() -> Scope:
 
 
 class Observer:
-    """What looks on as scopes come and go: metrics, tracing, tests. Every method does nothing.
+    """A base class for metrics, tracing and tests, whose methods are called for each scope.
 
-    Pass it to ``SessionMiddleware(app, Session, observers=[...])`` or to :func:`observe`. An error
-    in a method is logged and touches nothing else. The methods run in the step, or in the copied
+    Override what you need: every method does nothing. Pass an instance to
+    ``SessionMiddleware(app, Session, observers=[...])`` or to :func:`observe`. An error in a
+    method is logged and changes nothing else. The methods run in the step, or in the copied
     context of the outcome.
     """
 
@@ -75,29 +76,29 @@ class Observer:
         cls.hears = frozenset(name for name, own in methods if getattr(cls, name) is not own)
 
     def opened(self, scope: Scope) -> None:
-        """Look at a scope before the application, or the block, begins."""
+        """Called before the application, or the block, begins."""
 
     def settled(self, scope: Scope) -> None:
-        """Look at an outcome: ``scope.outcome``, ``.reason``, ``.failure``."""
+        """Called after each outcome, see ``scope.outcome``, ``.reason`` and ``.failure``."""
 
     def hook_called(self, scope: Scope, hook: Callable[..., object]) -> None:
-        """Look at a hook that is about to run."""
+        """Called before a hook runs."""
 
     def discarding(self, scope: Scope, cause: str) -> bool | None:
-        """Look at uncommitted changes that the veto is about to discard.
+        """Called before the veto discards uncommitted changes.
 
         :param cause: such as ``"status 404"``.
-        :return: True if it has been dealt with, so that it is not logged.
+        :return: True if the observer has reported it, so that it is not logged.
         """
 
     def commit_failed(self, scope: Scope, failure: BaseException) -> bool | None:
-        """Look at a failed commit.
+        """Called after a failed commit.
 
-        :return: True if it has been dealt with, so that it is not logged.
+        :return: True if the observer has reported it, so that it is not logged.
         """
 
     def closed(self, scope: Scope) -> None:
-        """Look at a scope whose Sessions are gone."""
+        """Called when the Sessions of the scope are closed."""
 
 
 class Scope(Unit):
@@ -130,11 +131,11 @@ class Scope(Unit):
     # -- what the application says ----------------------------------------------------------------
 
     def doom(self) -> None:
-        """Roll back, whatever else is said."""
+        """Roll back, whatever the status is, and even after :meth:`keep`."""
         self._word = "doomed"
 
     def keep(self) -> None:
-        """Commit in spite of the veto: a failed login that must be counted.
+        """Commit in spite of the veto, for example to count a failed login.
 
         An error, :meth:`doom` and an incomplete body still roll back.
         """
@@ -152,7 +153,8 @@ class Scope(Unit):
     def on_rollback(self, hook: Callable[..., object], *arguments: object) -> None:
         """Call ``hook(*arguments)`` after a rollback, see :meth:`on_commit`.
 
-        A commit that failed counts if everything was rolled back.
+        A commit that failed counts if everything was rolled back. What the hook writes is rolled
+        back too, unless it opens its own :class:`session_scope`.
         """
         self._add_hook("rollback", hook, arguments)
 
@@ -187,8 +189,8 @@ class Scope(Unit):
         snapshot of REPEATABLE READ and SERIALIZABLE is another one.
 
         :return: a context manager. A block within such a block changes nothing.
-        :raises RuntimeError: at the block's begin, and nothing is lost: something was written or
-            is pending, it cannot be known whether something was written, or a Session is in
+        :raises RuntimeError: at the start of the block, and nothing is lost: something was written
+            or is pending, it is unknown whether something was written, or a Session is in
             ``with Session.begin():`` or ``begin_nested()``.
         """
         return Released(self)

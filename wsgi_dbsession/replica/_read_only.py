@@ -55,9 +55,9 @@ _SAVEPOINTS = ("SAVEPOINT", "RELEASE SAVEPOINT", "ROLLBACK TO SAVEPOINT")
 def read_only_engine(engine_or_url: Engine | URL | str, **options: Any) -> Engine:
     """Make an engine that reads in one round trip, and on which the server refuses each write.
 
-    It has a pool of its own. Its connections are at AUTOCOMMIT, so that no BEGIN, COMMIT or
-    ROLLBACK is sent, and the server is told that they are read-only. Each one is asked once,
-    when it is made, whether the server complies.
+    It has its own pool. Its connections are at AUTOCOMMIT, so that no BEGIN, COMMIT or ROLLBACK
+    is sent, and they are made read-only. Each new one is checked once, because a pooler may
+    ignore that.
 
     ::
 

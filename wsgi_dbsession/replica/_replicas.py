@@ -42,7 +42,7 @@ _WHERE = """SELECT pg_last_wal_replay_lsn()::text, coalesce(
 
 
 class Replicas:
-    """Safe requests read from replicas, which have what their client has written before.
+    """Let safe requests read from replicas that have all that their client has written.
 
     ::
 
@@ -57,7 +57,7 @@ class Replicas:
     :param primary: the engine that writes: PostgreSQL 13 or later with psycopg, psycopg2 or
         pg8000.
     :param replicas: the engines of its streaming replicas, such as :func:`read_only_engine` makes.
-        No pooler goes between.
+        There must be no pooler in between.
     :param secret: the key of the cookie's signature, at least 16 bytes, the same in all processes.
     :param cookie: how the names of the cookies begin.
     :param max_age: how many seconds a client keeps a cookie. A replica that is further behind

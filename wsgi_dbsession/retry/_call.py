@@ -31,7 +31,7 @@ def run_transaction(
     on: On = (),
     retry_connect: bool = False,
 ) -> R:
-    """Call a function in a ``session_scope`` block of its own, and again if it lost a race.
+    """Call a function in its own ``session_scope`` block, and again if it lost a race.
 
     ::
 

@@ -28,9 +28,10 @@ class RetryMiddleware:
 
         app.wsgi_app = RetryMiddleware(SessionMiddleware(app.wsgi_app, Session))
 
-    A request is run again when its error, or the last database error before its error page (a
-    response with status 4xx or 5xx), :func:`is_retryable`. Never when a block of the response was
-    sent, when anything was committed in it, or when the connection was lost during COMMIT.
+    A request is run again if it raised a retryable error, see :func:`is_retryable`, or if the
+    last database error before its error page (a response with status 4xx or 5xx) was one. It is
+    never run again if a block of the response was sent, if anything was committed in it, or if
+    the connection was lost during COMMIT.
 
     Each attempt gets a copy of the environ as it was before the first, with a body that begins
     anew, and with ``environ["wsgi_dbsession.attempt"]``, counted from 1, and
@@ -47,8 +48,8 @@ class RetryMiddleware:
     :param backoff_max: the largest limit of that delay.
     :param timeout: no attempt begins later than this many seconds after the first.
     :param on: what to retry besides: an exception class, a tuple of them, or a callable that gets
-        an ``Exception`` and returns whether to retry it. It answers for the promise that nothing
-        was committed.
+        an ``Exception`` and returns whether to retry it. You promise that nothing was committed
+        with such an error.
     :param retry_connect: whether to retry where no connection to the database could be made.
     :raises TypeError: the application is not a :class:`SessionMiddleware`, or ``on`` is neither
         exception classes nor callable.

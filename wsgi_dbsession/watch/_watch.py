@@ -39,7 +39,7 @@ _watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 
 
 class Watch(Observer):
-    """Know who holds the connections, who waits for one, and what scopes did with theirs.
+    """Record who holds the connections, who waits for one, and what scopes did with theirs.
 
     ::
 
@@ -49,17 +49,17 @@ class Watch(Observer):
 
     From its construction on, it accounts for each connection of the engines to which the
     registries are bound, and of other engines that their Sessions use, once they have used them.
-    It looks on at each scope whose middleware or block has one of the registries, as
+    It observes each scope whose middleware or block has one of the registries, as
     :func:`observe` does; `observers` are for a middleware that has none of them.
-    When a pool times out, the :exc:`sqlalchemy.exc.TimeoutError` has a note that names the
-    holders, and so has a line of the log.
+    When a pool times out, a note on the :exc:`sqlalchemy.exc.TimeoutError` names the holders,
+    and so does a line of the log.
 
-    Each process has an account of its own: nothing is shared, and nothing is asked of the
-    database.
+    Each process keeps its own records: nothing is shared, and no query is sent to the database.
 
     :param registries: the ``scoped_session`` objects whose connections to watch.
     :param warn_after: log a warning, once per line of the application, when a connection has been
-        held for so many seconds without a statement, or by a stream. None never does.
+        held for more than this many seconds without a statement, or by a stream. None never
+        does.
     :raises TypeError: see :class:`session_scope`, or ``warn_after`` is not a number.
     :raises ValueError: see :class:`session_scope`, or ``warn_after`` is not positive.
     """

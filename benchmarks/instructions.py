@@ -43,7 +43,7 @@ _LISTENERS: tuple[tuple[str, str, type, str], ...] = (
     ("_fork", "_on_connect", Pool, "connect"),
     ("_fork", "_on_checkout", Pool, "checkout"),
     ("_driver", "_on_checkout", Pool, "checkout"),
-    ("_driver", "_on_error", Engine, "handle_error"),
+    ("_spoiled", "_on_error", Engine, "handle_error"),
 )
 
 

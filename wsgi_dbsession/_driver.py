@@ -9,15 +9,15 @@ import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import Engine, event
+from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy import Connection
-    from sqlalchemy.engine import ExceptionContext, Transaction
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.engine import Transaction
     from sqlalchemy.pool import ConnectionPoolEntry
 
 READ_ONLY = "wsgi_dbsession_read_only"
@@ -26,13 +26,8 @@ READ_ONLY = "wsgi_dbsession_read_only"
 _INERROR = 3  # PQTRANS_INERROR of libpq, as psycopg and psycopg2 show it
 
 # Keys of `Connection.info`, which lives as long as the driver's connection does.
-_CHANGES = "wsgi_dbsession.changes"
+CHANGES = "wsgi_dbsession.changes"
 _USER = "wsgi_dbsession.user"
-
-# With these, MySQL and MariaDB have rolled back the transaction: a deadlock, a row that has
-# changed since it was read (`innodb_snapshot_isolation`), no room for locks.
-_ROLLED_BACK = {"1213", "1020", "1206"}
-_LOCK_TIMEOUT = "1205"  # with this one, if it is told to
 
 # The answer to a COMMIT that leaves open whether it took place: connection exceptions, an operator
 # who ended the server's process, "statement completion unknown", and a node of Galera that lost
@@ -52,7 +47,6 @@ _POSTGRESQL = """
 # last look that anyone took at it, up to 0.1 s, so that a write is missing, or an earlier
 # transaction of the same connection is there.
 _INNODB = "SHOW ENGINE INNODB STATUS"
-_ROLLS_BACK_ON_TIMEOUT = "SELECT @@innodb_rollback_on_timeout"
 
 
 def codes(error: BaseException) -> Iterator[str]:
@@ -93,19 +87,23 @@ def _leaves_open(error: BaseException) -> bool:
     return any(code.startswith(_OPEN) for code in codes(error))
 
 
-def is_aborted(driver: Any) -> bool:
+def is_aborted(driver: Any) -> bool | None:
     """Return whether PostgreSQL has aborted the transaction, and takes nothing but a rollback.
 
     Whatever speaks its protocol does the same, under any dialect's name.
 
     :param driver: the driver's connection.
+    :return: None if it is another one.
     """
     pgconn = getattr(driver, "pgconn", None)  # psycopg; its `info` is much slower
     if pgconn is None:
         pgconn = getattr(driver, "info", None)  # psycopg2
-    return getattr(pgconn, "transaction_status", None) == _INERROR or (
-        getattr(driver, "_transaction_status", None) == b"E"  # pg8000 has no public name
-    )
+    status = getattr(pgconn, "transaction_status", None)
+    if status is None:
+        # pg8000 has no public name.
+        status = getattr(driver, "_transaction_status", None)
+        return None if status is None else bool(status == b"E")
+    return bool(status == _INERROR)
 
 
 def is_autocommit(connection: Connection) -> bool:
@@ -119,13 +117,14 @@ def is_autocommit(connection: Connection) -> bool:
         return bool(level == "AUTOCOMMIT")
     if connection.closed or connection.invalidated:
         return False
-    driver = _driver_of(connection)
+    driver = driver_of(connection)
     # With isolation_level=None, sqlite3 begins no transaction, but SQLAlchemy's recipe has a
     # listener that does.
     return autocommits(driver) or (
         hasattr(driver, "total_changes")
         and getattr(driver, "isolation_level", "") is None
         and getattr(driver, "autocommit", None) is not False
+        and not driver.in_transaction  # that the application has begun by a statement
         and not connection.dispatch.begin
     )
 
@@ -166,22 +165,22 @@ def has_written(connection: Connection, *, undone: bool = False) -> bool | None:
         return not connection.invalidated and bool(
             spoiler(connection, connection.get_transaction())
         )
-    if connection.closed or connection.invalidated or _driver_of(connection) is None:
+    if connection.closed or connection.invalidated or driver_of(connection) is None:
         return None  # and has been rolled back
     if not connection.in_transaction():
         return False
-    driver = _driver_of(connection)
+    driver = driver_of(connection)
     counted = None if undone else True  # what was taken back is counted further on
     if hasattr(driver, "total_changes"):  # SQLite
-        changes = connection.info.get(_CHANGES)
+        changes = connection.info.get(CHANGES)
         return bool(driver.in_transaction and driver.total_changes != changes) and counted
-    names, dialect = _dialect(connection), connection.dialect
+    names, dialect = dialect_names(connection), connection.dialect
     try:
         # An older server, and what pretends to be one, has no such function: to ask for it would
         # abort the transaction.
         version: Any = dialect.server_version_info or ()
         if "PGDialect" in names and version >= (13,) and not is_aborted(driver):
-            has_id, writes, locks_rows = _ask(connection, _POSTGRESQL)
+            has_id, writes, locks_rows = ask(connection, _POSTGRESQL)
             if not has_id or writes:
                 return bool(has_id)
             return None if locks_rows else counted
@@ -195,8 +194,8 @@ def has_written(connection: Connection, *, undone: bool = False) -> bool | None:
 
 
 def _has_written_innodb(connection: Connection) -> bool | None:
-    number = _ask(connection, "SELECT CONNECTION_ID()")[0]
-    status = _ask(connection, _INNODB) or [""]  # a server without InnoDB
+    number = ask(connection, "SELECT CONNECTION_ID()")[0]
+    status = ask(connection, _INNODB) or [""]  # a server without InnoDB
     for each in status[-1].split("\n---TRANSACTION ")[1:]:
         head, mine, _ = each.partition(f" thread id {number}, ")
         if mine:
@@ -204,10 +203,10 @@ def _has_written_innodb(connection: Connection) -> bool | None:
     return None  # the list is cut after a megabyte
 
 
-def _ask(connection: Connection, statement: str) -> Any:
+def ask(connection: Connection, statement: str) -> Any:
     # The driver's own cursor: no listener of the application is to notice this.
     try:
-        with contextlib.closing(_driver_of(connection).cursor()) as cursor:
+        with contextlib.closing(driver_of(connection).cursor()) as cursor:
             cursor.execute(statement)
             return cursor.fetchone()
     except BaseException as error:
@@ -225,14 +224,6 @@ def spoiler(connection: Connection, transaction: Transaction | None) -> BaseExce
     return error if transaction is not None and spoiled is transaction else None
 
 
-def spoil(connection: Connection, error: BaseException) -> None:
-    """Keep the connection's transaction from being committed, even if the error is caught."""
-    transaction = connection.get_transaction()
-    if transaction is not None:
-        # On what ends with the request: an error refers to all that ran.
-        connection.dbsession_spoiled = transaction, error  # type: ignore[attr-defined]
-
-
 def passed_through(error: BaseException, *prefixes: str) -> bool:
     """Return whether this error came out of a method of the dialect, such as ``do_commit``."""
     traceback = error.__traceback__
@@ -243,7 +234,7 @@ def passed_through(error: BaseException, *prefixes: str) -> bool:
     return False
 
 
-def _driver_of(connection: Connection) -> Any:
+def driver_of(connection: Connection) -> Any:
     return connection.connection.dbapi_connection
 
 
@@ -251,46 +242,9 @@ def _names(instance: object) -> list[str]:
     return [each.__name__ for each in type(instance).__mro__]
 
 
-def _dialect(connection: Connection) -> list[str]:
+def dialect_names(connection: Connection) -> list[str]:
     # CockroachDB's dialect is a PGDialect, MariaDB's a MySQLDialect. No import of either.
     return _names(connection.dialect)
-
-
-def _on_error(context: ExceptionContext) -> None:
-    """Keep what the error says about the transaction; its later COMMIT does not say it."""
-    connection, error = context.connection, context.original_exception
-    if connection is None or connection.closed or connection.invalidated:
-        return
-    dialect = _dialect(connection)
-    if not isinstance(error, connection.dialect.loaded_dbapi.Error):
-        # Raised into the driver in mid-statement (`gevent.Timeout(s, AnExceptionClass)`): the
-        # answer is still on its way, and the next statement would read it. SQLite has no wire.
-        if passed_through(error, "do_") and "SQLiteDialect" not in dialect:
-            context.is_disconnect = True
-            context.invalidate_pool_on_disconnect = False
-        return
-    transaction = connection.get_transaction()
-    if transaction is None or is_autocommit(connection):
-        return
-    driver = _driver_of(connection)
-    found = set(codes(error))
-    if "SQLiteDialect" in dialect:
-        # INSERT OR ROLLBACK, a full disk: it has ended the transaction, with what was in it.
-        ended = not driver.in_transaction
-        spoiled = ended and driver.total_changes != connection.info.get(_CHANGES)
-        level, mode = (getattr(driver, name, ...) for name in ("isolation_level", "autocommit"))
-        if ended and (level is None or mode is False):
-            # sqlite3 does not begin the next one by itself, and what follows would stay.
-            with contextlib.suppress(connection.dialect.loaded_dbapi.Error):
-                _ask(connection, "BEGIN")
-    elif "MySQLDialect" in dialect:
-        spoiled = not found.isdisjoint(_ROLLED_BACK) or (
-            _LOCK_TIMEOUT in found and _ask(connection, _ROLLS_BACK_ON_TIMEOUT)[0]
-        )
-    else:
-        spoiled = is_aborted(driver) and not connection.in_nested_transaction()
-    if spoiled:
-        spoil(connection, error)
 
 
 def _on_checkout(driver: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
@@ -307,8 +261,7 @@ def _on_checkout(driver: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
         if user is not None and (other := user()) is not None and other.is_valid:
             return
         record.info[_USER] = weakref.ref(proxy)
-    record.info[_CHANGES] = changes
+    record.info[CHANGES] = changes
 
 
-event.listen(Engine, "handle_error", _on_error)
 event.listen(Pool, "checkout", _on_checkout)

@@ -187,12 +187,7 @@ class Unit(Observed):
             self._roll_back(error, reason)
 
     def _commit(self, reason: Reason, final: bool) -> None:
-        sessions = list(self.sessions.values())
-        if len(sessions) > 1:
-            # In the order in which the registries were adopted.
-            found: dict[Any, Session] = self.sessions
-            sessions = [found[each] for each in sorted(found, key=lambda each: each.number)]
-        commit = Commit(sessions, final=final)
+        commit = Commit(self._in_order, final=final)
         try:
             if self._discarded:
                 raise self._discarded
@@ -202,6 +197,13 @@ class Unit(Observed):
             self._fail(failure, *commit.explain(failure))
             raise
         self._conclude("commit", reason)
+
+    def _in_order(self) -> list[Session]:
+        """Return the Sessions in the order in which their registries were adopted."""
+        found: dict[Any, Session] = self.sessions
+        if len(found) == 1:
+            return list(found.values())
+        return [found[each] for each in sorted(found, key=lambda each: each.number)]
 
     def _fail(self, failure: BaseException, truth: Truth, explanation: str) -> None:
         self.outcome, self.reason = _OUTCOMES[truth], truth
@@ -276,11 +278,12 @@ class Unit(Observed):
             failure = settling
         interruption = self.close_sessions() if self.sessions else None
         failure = failure or interruption
+        # From here on nothing would close a Session, and an interruption may keep leave() away.
+        self.in_step = False
         if self.observers:
             self.tell("closed")
         # The environ and the context refer to this scope: a cycle until a collection.
         self.environ = self.context = None
-        self.in_step = False  # even if an interruption comes before the step is left
         if error is None and failure is not None:
             raise failure
 

@@ -133,11 +133,11 @@ def _adopt(registry: scoped_session[Any]) -> SessionRegistry:
     adopted = registry.registry
     if not isinstance(adopted, SessionRegistry):
         factory: sessionmaker[Any] = registry.session_factory
-        if not issubclass(factory.class_, AdoptedSession):
+        kind = factory.class_  # read once: another thread may adopt the same registry
+        if not issubclass(kind, AdoptedSession):
             # sessionmaker makes a class of its own already, so that listeners find it.
             attributes: dict[str, Any] = {"dbsession_lines": set()}
-            name = factory.class_.__name__
-            factory.class_ = type(name, (AdoptedSession, factory.class_), attributes)
+            factory.class_ = type(kind.__name__, (AdoptedSession, kind), attributes)
             # Before those of the application, which may raise.
             event.listen(factory, "after_commit", _after_commit, insert=True)
             event.listen(factory, "after_flush", _after_flush, insert=True)
@@ -151,14 +151,17 @@ def _adopt(registry: scoped_session[Any]) -> SessionRegistry:
 def _after_begin(session: AdoptedSession, transaction: SessionTransaction) -> None:
     """Look after a Session that was closed, and that the application has kept."""
     own = session.dbsession_scope
-    if own is None or session in own.sessions.values() or (scope := find_scope()) is None:
+    if own is None or (session in own.sessions.values() and own.in_step):
+        return
+    scope = find_scope()
+    if scope is None:
         return
     if own in scopes():  # Session.remove() has closed it
         SessionRegistry(sessionmaker()).store(own, session)
         return
     transaction.close()  # or the next statement would not begin one, and pass
     msg = (
-        f"{scope.name}: nothing would commit a Session that was kept from a scope that is over. "
+        f"{scope.name}: nothing would commit a Session that was kept from another scope. "
         "Keep the scoped_session, and not what `Session()` returns"
     )
     raise RuntimeError(msg)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from sqlalchemy import exc
 from sqlalchemy.orm import Session
 
-from . import _driver
+from . import _driver, _spoiled
 from ._report import log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import TypeAlias
 
     from sqlalchemy import Connection
@@ -39,20 +39,21 @@ class AdoptedSession(Session):
     dbsession_undone = False
     dbsession_committed = False  # by the commit that runs
 
-    def close(self) -> None:
+    # A class of the application may take arguments.
+    def close(self, *args: Any, **kwargs: Any) -> None:
         """Close the Session; a scope that has it refuses to commit if it had written."""
         self._report_discard()
-        super().close()
+        super().close(*args, **kwargs)
 
-    def reset(self) -> None:
+    def reset(self, *args: Any, **kwargs: Any) -> None:
         """Close the Session, see :meth:`close`."""
         self._report_discard()
-        super().reset()
+        super().reset(*args, **kwargs)
 
-    def invalidate(self) -> None:
+    def invalidate(self, *args: Any, **kwargs: Any) -> None:
         """Close the Session and its connections, see :meth:`close`."""
         self._report_discard()
-        super().invalidate()
+        super().invalidate(*args, **kwargs)
 
     def _report_discard(self) -> None:
         scope = self.dbsession_scope
@@ -62,10 +63,8 @@ class AdoptedSession(Session):
 
 def is_begun(session: Session) -> bool:
     """Return whether a Session has something to commit or to lose."""
-    return session.in_transaction() or (
-        # Then adding an object begins nothing, and commit() says what is missing.
-        not session.autobegin and bool(session.new or session.dirty or session.deleted)
-    )
+    # A listener of a commit may have added an object to a transaction that is over.
+    return session.in_transaction() or has_changes(session)
 
 
 def connections(session: Session) -> Transactions:
@@ -81,8 +80,12 @@ def connections(session: Session) -> Transactions:
 
 def has_changes(session: Any) -> bool:
     """Return whether a flush has something to write, or had: ``after_flush`` still sees it."""
-    # Session.new, the public way, makes a set of all of them at each flush.
-    return bool(session._new or session.deleted or any(map(session.is_modified, session.dirty)))
+    # Session.new and its like, the public way, make sets of all of them at each flush.
+    return bool(
+        session._new
+        or session._deleted
+        or (session.identity_map._modified and any(map(session.is_modified, session.dirty)))
+    )
 
 
 def has_written(session: Session) -> bool | None:
@@ -119,7 +122,8 @@ class Commit:
     ones are committed, then the prepared ones. A transaction that was begun is committed, though
     nothing seems to have changed: textual SQL leaves no trace.
 
-    :param sessions: in the order in which they are to be committed.
+    :param sessions: returns them in the order in which they are to be committed. A listener of
+        the flush may begin another one.
     :param final: whether the scope ends with it, so that objects are not expired: reading an
         attribute afterwards begins no transaction.
     """
@@ -131,7 +135,7 @@ class Commit:
     _prepared: tuple[tuple[Session, Transactions], ...] = ()
     _doubtful: tuple[str, ...] = ()  # of which it is open what becomes
 
-    def __init__(self, sessions: Sequence[Session], *, final: bool = False) -> None:
+    def __init__(self, sessions: Callable[[], list[Session]], *, final: bool = False) -> None:
         self._sessions = sessions
         self._final = final
 
@@ -141,12 +145,7 @@ class Commit:
         :raises BaseException: what SQLAlchemy, a driver or a listener raised; see
             :meth:`explain`. The caller rolls back.
         """
-        flushed: list[Session] = []
-        for session in self._sessions:
-            if is_begun(session):
-                session.flush()
-                flushed.append(session)
-        begun = [(session, _refuse_spoiled(session)) for session in flushed]
+        begun = [(session, _refuse_spoiled(session)) for session in self._flush()]
         try:
             for session, found in begun:
                 if session.twophase:
@@ -173,6 +172,16 @@ class Commit:
         if failure is not None:
             raise failure
 
+    def _flush(self) -> list[Session]:
+        flushed: list[Session] = []
+        while found := [
+            each for each in self._sessions() if each not in flushed and is_begun(each)
+        ]:
+            for session in found:
+                session.flush()
+            flushed += found
+        return [each for each in self._sessions() if each in flushed]
+
     def _prepare(self, session: Session, found: Transactions) -> None:
         # prepare() refuses an open savepoint, where commit() releases it with the rest.
         while (savepoint := session.get_nested_transaction()) is not None:
@@ -185,7 +194,6 @@ class Commit:
                 self._doubtful += _gids(found)
             raise
         self._prepared += ((session, found),)
-        self._refuse_swallowed(found)
 
     def _commit(self, session: Session, found: Transactions) -> None:
         self._failed = found
@@ -203,15 +211,10 @@ class Commit:
             undo(session, "close")  # SQLAlchemy leaves its transaction half-way
         finally:
             session.expire_on_commit = expires
-        self._refuse_swallowed(found)
+        if isinstance(session, AdoptedSession) and not session.dbsession_committed:
+            msg = f"{type(session).__name__}.commit() has returned, but has not committed"
+            raise RuntimeError(msg)
         self._committed += 1
-
-    def _refuse_swallowed(self, found: Transactions) -> None:
-        """Raise if a ``before_commit`` listener has spoiled the transaction without a word."""
-        for connection, transaction in found:
-            error = _driver.spoiler(connection, transaction)
-            if error is not None:
-                raise _refusal(error) from error
 
     def explain(self, failure: BaseException) -> tuple[Truth, str]:
         """Return the truth about a failed commit, and a sentence about it."""
@@ -229,21 +232,15 @@ class Commit:
         if self._doubtful or _leaves_open(failure):
             why = "connection lost during COMMIT, " if _leaves_open(failure) else ""
             return "unknown", f"{why}outcome unknown{prepared}"
-        if any(map(is_autocommit, self._sessions)):
+        if any(map(is_autocommit, self._sessions())):
             return "rolled back", "commit failed, but AUTOCOMMIT keeps what was written"
         return "rolled back", "commit failed, rolled back"
 
 
 def _refuse_spoiled(session: Session) -> Transactions:
-    """Raise if the transaction cannot be committed any more, or only a part of it.
-
-    After a failed statement, PostgreSQL answers COMMIT with ROLLBACK, and psycopg and psycopg2 do
-    not report it: an error that the application caught would turn into a success that saved
-    nothing. After a deadlock, MariaDB has rolled back and begun anew. After a failed flush,
-    SQLAlchemy reports it, but not before others are committed.
-    """
+    """Raise if the transaction cannot be committed any more, before others are committed."""
     found = connections(session)
-    for connection, transaction in found:
+    for connection, _ in found:
         driver = connection.connection.dbapi_connection  # raises if it was invalidated
         if driver is None:
             msg = (
@@ -251,27 +248,15 @@ def _refuse_spoiled(session: Session) -> Transactions:
                 "Remove that line: the Session gives the connection back to its pool"
             )
             raise exc.ResourceClosedError(msg)
-        if connection.in_transaction():
-            error = _driver.spoiler(connection, transaction)
-            if error is not None or _driver.is_aborted(driver):
-                raise _refusal(error) from error
+        if connection.in_transaction() and (error := _spoiled.refusal(connection, driver)):
+            raise error
     if not session.is_active:
-        raise _refusal(None)
+        raise _spoiled.explain_refusal()
     return found
 
 
 def _gids(found: Transactions) -> tuple[str, ...]:
     return tuple(str(getattr(transaction, "xid", "")) for _, transaction in found)
-
-
-def _refusal(error: BaseException | None) -> exc.PendingRollbackError:
-    what = "" if error is None else f" ({type(error).__name__}: {error})"
-    return exc.PendingRollbackError(
-        "cannot commit: a statement failed in this transaction, the database has rolled it back, "
-        f"and the application caught the error{what}. Put the statement that may fail into "
-        "`with Session.begin_nested():`. (Session.rollback() where the error is caught also ends "
-        "the failed transaction, but discards what the request has done before.)"
-    )
 
 
 def _leaves_open(failure: BaseException) -> bool:

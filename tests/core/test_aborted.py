@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import create_engine, text
-from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session
 
 from tests.support.models import Database, Note
@@ -57,6 +57,72 @@ def test_the_drivers_that_are_asked_need_it(postgres_database: Database, driver:
     engine.dispose()
 
     assert postgres_database.notes() == []
+
+
+@pytest.mark.promise("no false success", "no silent loss")
+def test_the_applications_own_commit_is_refused(
+    driver_registry: Registry, postgres_database: Database
+) -> None:
+    """And the middleware's, if the application catches that error too."""
+    with pytest.raises(SQLAlchemyError), session_scope(driver_registry) as scope:
+        driver_registry.execute(text("INSERT INTO note (text) VALUES ('lost')"))
+        divide_by_zero(driver_registry)
+        with pytest.raises((PendingRollbackError, DBAPIError)):
+            driver_registry.commit()
+        driver_registry.add(Note(text="half"))
+
+    assert scope.outcome == "rollback"
+    assert postgres_database.notes() == []
+
+
+@pytest.mark.promise("no false success", "no silent loss")
+def test_a_block_of_the_application_is_refused(
+    driver_registry: Registry, postgres_database: Database
+) -> None:
+    """It is rolled back, and another one may be begun."""
+    with session_scope(driver_registry):
+        with pytest.raises((PendingRollbackError, DBAPIError)), driver_registry.begin():
+            driver_registry.execute(text("INSERT INTO note (text) VALUES ('lost')"))
+            divide_by_zero(driver_registry)
+        driver_registry.add(Note(text="kept"))
+
+    assert postgres_database.notes() == ["kept"]
+
+
+def test_a_connection_of_the_application_is_refused_in_a_scope(
+    postgres_registry: Registry, postgres_database: Database
+) -> None:
+    """An ``engine.begin()`` block loses its work in the same way."""
+    engine = postgres_database.engine
+    with (
+        pytest.raises(PendingRollbackError, match="the application caught the error"),
+        session_scope(postgres_registry),
+        engine.begin() as connection,
+        contextlib.suppress(DBAPIError),
+    ):
+        connection.execute(text("SELECT 1/0"))
+
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("how", ["a savepoint of its own", "ROLLBACK"])
+def test_a_statement_of_the_application_mends_it(
+    driver_registry: Registry, postgres_database: Database, how: str
+) -> None:
+    """SQLAlchemy does not know of it, but the driver does."""
+    with session_scope(driver_registry):
+        if how == "ROLLBACK":
+            divide_by_zero(driver_registry)
+            driver_registry.execute(text("ROLLBACK"))
+            driver_registry.add(Note(text="kept"))
+        else:
+            driver_registry.add(Note(text="kept"))
+            driver_registry.flush()
+            driver_registry.execute(text("SAVEPOINT mine"))
+            divide_by_zero(driver_registry)
+            driver_registry.execute(text("ROLLBACK TO SAVEPOINT mine"))
+
+    assert postgres_database.notes() == ["kept"]
 
 
 def test_a_savepoint_mends_it(driver_registry: Registry, postgres_database: Database) -> None:

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import insert, select
 
 from tests.support.models import Database, Note
-from tests.support.wsgi import ask, assert_nothing_left, drive
+from tests.support.wsgi import ask, assert_nothing_left, drive, make_environ
 from wsgi_dbsession import SessionMiddleware, session_scope
 
 if TYPE_CHECKING:
@@ -164,6 +164,34 @@ def test_the_session_of_a_running_scope_is_used_in_a_threads_block(
         thread.join()
 
     assert sqlite_database.notes() == ["a"]
+
+
+def test_the_session_of_a_stream_is_refused_between_its_steps(
+    sqlite_database: Database, sqlite_registry: Registry
+) -> None:
+    """Or the work of one request would wait for the client of another."""
+    kept: list[Session] = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/stream":
+            kept.append(sqlite_registry())
+            start_response("200 OK", [])
+            yield b"1"
+            yield b"2"
+        else:
+            add(kept[0])
+            start_response("201 Created", [])
+            yield b"done"
+
+    middleware = SessionMiddleware(app, sqlite_registry)
+    stream = iter(middleware(make_environ(path="/stream"), lambda *_: print))
+    assert next(stream) == b"1"
+    reply = ask(middleware, "POST", "/other")
+
+    assert reply.status.startswith("500")
+    assert "was kept from another scope" in str(reply.errors)
+    assert list(stream) == [b"2"]
+    assert sqlite_database.notes() == []
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)

@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from tests.support.wsgi import ask, make_registry
 from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
-from wsgi_dbsession._driver import READ_ONLY, spoil
+from wsgi_dbsession._driver import READ_ONLY
+from wsgi_dbsession._spoiled import spoil
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -13,7 +13,7 @@ from tests.core.test_layout import is_private, sources_of_the_package
 
 # Of code, in all files of the core. The design hoped for 800, but its rules are many: what drivers
 # tell, the truth about a failure, discards, released connections, poolers, the cases of PEP 3333.
-CORE_LINES = 1770
+CORE_LINES = 1810
 FILE_LINES = 320  # of the package, in all
 FUNCTION_LINES = 45  # without its docstring
 TEST_FILE_LINES = 600

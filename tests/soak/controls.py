@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from wsgi_dbsession import (
     Scope,
     SessionMiddleware,
-    _driver,
     _moment,
     _outcome,
+    _spoiled,
     _transaction,
     session_scope,
 )
@@ -194,8 +194,7 @@ def _count_no_bytes() -> None:
 
 
 def _refuse_no_aborted() -> None:
-    _replace(_driver, "is_aborted", lambda driver: False)
-    _replace(_driver, "spoiler", lambda connection, transaction: None)
+    _replace(_spoiled, "refusal", lambda connection, driver: None)
 
 
 def _refuse_no_discarded() -> None:
@@ -226,7 +225,9 @@ def _run_no_hooks() -> None:
 
 def _commit_first_session() -> None:
     commit: Any = Commit
-    _replace(_outcome, "Commit", lambda sessions, final: commit(sessions[:1], final=final))
+    _replace(
+        _outcome, "Commit", lambda sessions, final: commit(lambda: sessions()[:1], final=final)
+    )
 
 
 def _undo_inner_blocks() -> None:

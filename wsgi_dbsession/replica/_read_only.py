@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
-from wsgi_dbsession._driver import READ_ONLY, codes, spoil
+from wsgi_dbsession._driver import READ_ONLY, codes
 from wsgi_dbsession._report import add_note
+from wsgi_dbsession._spoiled import spoil
 
 if TYPE_CHECKING:
     from sqlalchemy import URL

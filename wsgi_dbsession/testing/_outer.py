@@ -108,7 +108,7 @@ class OuterTransaction:
 
     def is_aborted(self) -> bool:
         """Return whether PostgreSQL accepts nothing but a rollback, after a failed statement."""
-        return is_aborted(self.driver)
+        return bool(is_aborted(self.driver))
 
     def rows_written(self) -> int | None:
         """Return a number that grows with each row that is written, or None if there is none."""

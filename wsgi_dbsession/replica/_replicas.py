@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 import weakref
@@ -16,19 +15,17 @@ from wsgi_dbsession._report import log
 from wsgi_dbsession._scope import find_scope
 from wsgi_dbsession._step import scopes
 
-from ._commit import Commit
 from ._position import NOWHERE, START, Cookies, Position
 from ._read_only import is_refused_write
+from ._requests import Request, listen
 from ._routing import Router, has_safe_method, is_retried
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from _typeshed import OptExcInfo
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     from sqlalchemy import Connection
     from sqlalchemy.orm import Session
-    from sqlalchemy.pool import PoolProxiedConnection
 
 # A position that this connection's server had replayed. It counts for the connection only: a
 # server that has crashed may come back behind itself, and an address may lead to another server.
@@ -102,7 +99,7 @@ class Replicas:
         self._router = Router(primary, self._connect, when)
         self.Session: type[Session] = self._router.session_class()
         """The class of Sessions that read from replicas: ``sessionmaker(class_=...)``."""
-        self._listen(Commit(primary))
+        listen(primary, self._requests)
 
     def wrap(self, app: WSGIApplication) -> WSGIApplication:
         """Return the application with the cookie. RetryMiddleware goes inside.
@@ -118,7 +115,7 @@ class Replicas:
         def application(
             environ: WSGIEnvironment, start_response: StartResponse
         ) -> Iterable[bytes]:
-            request = environ[self._key] = _Request(self._cookies, environ)
+            request = environ[self._key] = Request(self._cookies, environ)
             return app(environ, request.start(start_response))
 
         return application
@@ -139,7 +136,7 @@ class Replicas:
             return self._primary.connect().execution_options(postgresql_readonly=True)
         return connection
 
-    def _read(self, requests: list[_Request]) -> Connection | None:
+    def _read(self, requests: list[Request]) -> Connection | None:
         """Return a connection to a replica that is far enough, or None."""
         needed = START
         for request in requests:
@@ -164,40 +161,10 @@ class Replicas:
             self._refused.add(error)
         return error in self._refused
 
-    # -- writing ----------------------------------------------------------------------------------
-
-    def _requests(self) -> list[_Request]:
+    def _requests(self) -> list[Request]:
         """Return the requests that are in force, from the innermost outwards."""
         environs = [scope.environ for scope in scopes()]
         return [environ[self._key] for environ in environs if environ and self._key in environ]
-
-    def _note(self, position: Position | None) -> None:
-        if position is not None:
-            for request in self._requests():
-                request.note(position)
-
-    def _listen(self, commit: Commit) -> None:
-        """Learn of each COMMIT on the primary, whoever sends it.
-
-        There is no event after it, and before it the position is not known. Methods of a dialect
-        are there to be replaced in subclasses; an engine that exists has an object.
-        """
-        dialect: Any = self._primary.dialect
-        usual, usual_twophase = dialect.do_commit, dialect.do_commit_twophase
-
-        # The core looks for these names in tracebacks.
-        def do_commit(connection: PoolProxiedConnection) -> None:
-            if self._requests():
-                driver = connection.dbapi_connection
-                self._note(commit(driver, functools.partial(usual, connection)))
-            else:
-                usual(connection)
-
-        def do_commit_twophase(connection: Connection, *args: Any, **options: Any) -> None:
-            usual_twophase(connection, *args, **options)
-            self._note(NOWHERE)
-
-        dialect.do_commit, dialect.do_commit_twophase = do_commit, do_commit_twophase
 
 
 class _Replica:
@@ -263,45 +230,3 @@ class _Replica:
         log.warning(message, url, self._pause, reason, extra={"replica": url})
         if connection is not None:
             connection.close()
-
-
-class _Request:
-    """What one request has to see, and what it has written."""
-
-    __slots__ = ("_cookies", "_header", "_needed", "_written")
-
-    def __init__(self, cookies: Cookies, environ: WSGIEnvironment) -> None:
-        self._cookies = cookies
-        self._header: str = environ.get("HTTP_COOKIE", "")
-        self._needed: Position | None = None
-        self._written: Position | None = None
-
-    def position(self) -> Position:
-        """Return the position that a replica must have replayed."""
-        if self._needed is None:
-            self._needed = self._cookies.position(self._header) if self._header else START
-        return self._needed if self._written is None else self._needed.join(self._written)
-
-    def note(self, position: Position) -> None:
-        """Record that the database is here after a COMMIT of this request."""
-        self._written = position if self._written is None else self._written.join(position)
-
-    def start(self, start_response: StartResponse) -> StartResponse:
-        """Return a ``start_response`` that adds the cookie.
-
-        SessionMiddleware holds the start until the outcome, unless a block has to be sent before.
-        """
-
-        def start(
-            status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
-        ) -> Callable[[bytes], object]:
-            if self._written is not None:
-                headers = [*headers, *self._cookies.headers(self._written, self._header)]
-            if exc_info is None:
-                return start_response(status, headers)
-            try:
-                return start_response(status, headers, exc_info)
-            finally:
-                exc_info = None  # a traceback that refers to this frame is a cycle
-
-        return start

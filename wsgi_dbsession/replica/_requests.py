@@ -1,0 +1,95 @@
+"""The requests in force: what each has to see, and what is committed in it."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from ._commit import Commit
+from ._position import NOWHERE, START
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from _typeshed import OptExcInfo
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.pool import PoolProxiedConnection
+
+    from ._position import Cookies, Position
+
+
+class Request:
+    """What one request has to see, and what it has written."""
+
+    __slots__ = ("_cookies", "_header", "_needed", "_written")
+
+    def __init__(self, cookies: Cookies, environ: WSGIEnvironment) -> None:
+        self._cookies = cookies
+        self._header: str = environ.get("HTTP_COOKIE", "")
+        self._needed: Position | None = None
+        self._written: Position | None = None
+
+    def position(self) -> Position:
+        """Return the position that a replica must have replayed."""
+        if self._needed is None:
+            self._needed = self._cookies.position(self._header) if self._header else START
+        return self._needed if self._written is None else self._needed.join(self._written)
+
+    def note(self, position: Position) -> None:
+        """Record that the database is here after a COMMIT of this request."""
+        self._written = position if self._written is None else self._written.join(position)
+
+    def start(self, start_response: StartResponse) -> StartResponse:
+        """Return a ``start_response`` that adds the cookie.
+
+        SessionMiddleware holds the start until the outcome, unless a block has to be sent before.
+        """
+
+        def start(
+            status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
+        ) -> Callable[[bytes], object]:
+            if self._written is not None:
+                headers = [*headers, *self._cookies.headers(self._written, self._header)]
+            if exc_info is None:
+                return start_response(status, headers)
+            try:
+                return start_response(status, headers, exc_info)
+            finally:
+                exc_info = None  # a traceback that refers to this frame is a cycle
+
+        return start
+
+
+def listen(primary: Engine, requests: Callable[[], list[Request]]) -> None:
+    """Record in the requests where the primary is after each COMMIT on it, whoever sends it.
+
+    There is no event after it, and before it the position is not known. Methods of a dialect
+    are there to be replaced in subclasses; an engine that exists has an object.
+
+    :param primary: the engine.
+    :param requests: returns those in force.
+    :raises ValueError: it is not PostgreSQL with one of the known drivers.
+    """
+    commit = Commit(primary)
+    dialect: Any = primary.dialect
+    usual, usual_twophase = dialect.do_commit, dialect.do_commit_twophase
+
+    def note(position: Position | None) -> None:
+        if position is not None:
+            for request in requests():
+                request.note(position)
+
+    # The core looks for these names in tracebacks.
+    def do_commit(connection: PoolProxiedConnection) -> None:
+        if requests():
+            driver = connection.dbapi_connection
+            note(commit(driver, functools.partial(usual, connection)))
+        else:
+            usual(connection)
+
+    def do_commit_twophase(connection: Connection, *args: Any, **options: Any) -> None:
+        usual_twophase(connection, *args, **options)
+        note(NOWHERE)
+
+    dialect.do_commit, dialect.do_commit_twophase = do_commit, do_commit_twophase

@@ -11,6 +11,7 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from tests.replica.application import PORT, Client, make_application
+from tests.replica.conftest import DRIVERS
 from tests.replica.site import SECRET, Site, behind
 from tests.replica.tables import Note
 from tests.support.proxy import Proxy
@@ -77,8 +78,28 @@ def write_without_a_session(registry: scoped_session[Session]) -> None:
         connection.execute(text("INSERT INTO note (text) VALUES ('x')"))
 
 
+def write_at_autocommit(registry: scoped_session[Session]) -> None:
+    engine: Any = registry.bind
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("INSERT INTO note (text) VALUES ('x')"))
+
+
+def roll_back_at_autocommit(registry: scoped_session[Session]) -> None:
+    registry.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+    registry.execute(text("INSERT INTO note (text) VALUES ('x')"))
+    registry.rollback()
+
+
 @pytest.mark.parametrize(
-    "write", [fail_after_commit, write_in_a_block, write_in_a_hook, write_without_a_session]
+    "write",
+    [
+        fail_after_commit,
+        write_in_a_block,
+        write_in_a_hook,
+        write_without_a_session,
+        write_at_autocommit,
+        roll_back_at_autocommit,
+    ],
 )
 def test_every_commit_of_a_request_counts(
     write: Callable[[scoped_session[Session]], None], site: Site
@@ -185,6 +206,53 @@ def test_a_job_commits_as_ever(cluster: PostgresCluster, keep: Keep) -> None:
                 registry.execute(text("INSERT INTO note (text) VALUES ('job')"))
 
         assert proxy.round_trips() == 3  # BEGIN, INSERT, COMMIT
+
+
+def test_a_rollback_costs_what_it_always_does(cluster: PostgresCluster, keep: Keep) -> None:
+    """A transaction that is rolled back has written nothing, so there is no position."""
+    url = cluster.primary.url(driver="psycopg2")
+    with Proxy.to(url) as proxy:
+        primary = keep(create_engine(proxy.url(url)))
+        replicas = Replicas(primary, [primary], secret=SECRET)
+        registry = scoped_session(sessionmaker(class_=replicas.Session), scopefunc=current_scope)
+
+        def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+            registry.execute(text("INSERT INTO note (text) VALUES ('x')"))
+            registry.rollback()
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [b"done"]
+
+        client = Client(replicas.wrap(SessionMiddleware(app, registry)))
+        for _ in range(2):
+            proxy.reset()
+            assert client.post() == "done"
+
+        assert proxy.round_trips() == 3  # BEGIN, INSERT, ROLLBACK
+        assert client.cookies == {}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_connection_at_autocommit_that_is_lost_has_no_position(
+    driver: str, cluster: PostgresCluster, keep: Keep
+) -> None:
+    """Its client reads from the primary, and its response is that of the application."""
+    url = cluster.primary.url(driver=driver)
+    with Proxy.to(url) as proxy:
+        primary = keep(create_engine(proxy.url(url)))
+        replicas = Replicas(primary, [primary], secret=SECRET)
+        registry = scoped_session(sessionmaker(class_=replicas.Session), scopefunc=current_scope)
+
+        def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+            with primary.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.execute(text("INSERT INTO note (text) VALUES ('x')"))
+                proxy.cut()
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [b"done"]
+
+        client = Client(replicas.wrap(SessionMiddleware(app, registry)))
+
+        assert client.post() == "done"
+        assert list(client.cookies) == ["dbpos-0-ffffffffffffffff"]
 
 
 def test_the_middleware_keeps_to_pep_3333(site: Site) -> None:

@@ -77,15 +77,25 @@ class Commit:
             A failure of what follows it is never raised.
         """
         if driver.autocommit:
-            # Each statement was a transaction of its own: whether they wrote is not known.
             commit()
             with contextlib.suppress(self._dbapi.Error):
-                return _position(("off", "unknown"), self._row(driver, _AFTER))
+                return self.at_autocommit(driver)
             return NOWHERE
         if _is_idle(driver) or is_aborted(driver):
             commit()
             return None
         return self._in_pipeline(driver) if self._pipelines else self._in_batch(driver)
+
+    def at_autocommit(self, driver: Any) -> Position:
+        """Return the position after what was executed at AUTOCOMMIT.
+
+        Each statement was a transaction of its own: whether they wrote is not known.
+
+        :param driver: the driver's connection.
+        :return: the position, :data:`NOWHERE` on a standby.
+        :raises BaseException: the question failed, or was interrupted.
+        """
+        return _read("off", self._row(driver, _AFTER))
 
     def _in_pipeline(self, driver: Any) -> Position | None:
         before, commit, after = (self._cursor(driver) for _ in range(3))
@@ -148,8 +158,10 @@ def _pg8000(driver: Any, statement: str) -> Any:
 
 def _position(before: Sequence[Any], after: Sequence[Any] | None) -> Position | None:
     synchronous, xid = (*before, None)[:2]
-    if xid is None:
-        return None
+    return None if xid is None else _read(synchronous, after)
+
+
+def _read(synchronous: str | None, after: Sequence[Any] | None) -> Position:
     if after is None or after[0] is None:
         return NOWHERE
     flushed, inserted, timeline = after

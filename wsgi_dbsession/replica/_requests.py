@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import event
+
+from wsgi_dbsession._driver import autocommits
+
 from ._commit import Commit
 from ._position import NOWHERE, START
 
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
     from _typeshed import OptExcInfo
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
     from sqlalchemy import Connection, Engine
+    from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import PoolProxiedConnection
 
     from ._position import Cookies, Position
@@ -67,6 +72,8 @@ def listen(primary: Engine, requests: Callable[[], list[Request]]) -> None:
     There is no event after it, and before it the position is not known. Methods of a dialect
     are there to be replaced in subclasses; an engine that exists has an object.
 
+    At AUTOCOMMIT a connection may be returned to the pool without any COMMIT.
+
     :param primary: the engine.
     :param requests: returns those in force.
     :raises ValueError: it is not PostgreSQL with one of the known drivers.
@@ -92,4 +99,15 @@ def listen(primary: Engine, requests: Callable[[], list[Request]]) -> None:
         usual_twophase(connection, *args, **options)
         note(NOWHERE)
 
+    def on_reset(driver: DBAPIConnection, *_: object) -> None:
+        # The pool discards a connection on which this fails. Elsewhere it would not, and a lost
+        # one, on which nothing has failed so far, would keep its place in the pool for ever.
+        if autocommits(driver) and requests():
+            position = NOWHERE
+            try:
+                position = commit.at_autocommit(driver)
+            finally:
+                note(position)
+
     dialect.do_commit, dialect.do_commit_twophase = do_commit, do_commit_twophase
+    event.listen(primary, "reset", on_reset)

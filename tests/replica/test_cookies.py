@@ -145,6 +145,16 @@ def test_a_request_that_passes_twice_gets_one_cookie(site: Site) -> None:
     assert len(client.cookies) == 1
 
 
+def test_each_of_two_replicas_of_one_primary_sets_its_cookie(site: Site) -> None:
+    """Parts of an application may have replicas of their own."""
+    client = site.client()
+    other = Replicas(site.primary, site.engines, secret=SECRET, cookie="other")
+    client.app = other.wrap(client.app)
+    client.post()
+
+    assert sorted(name.partition("-")[0] for name in client.cookies) == ["dbpos", "other"]
+
+
 def streaming(registry: scoped_session[Session], headers: list[tuple[str, str]]) -> Any:
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
         registry.add(Note(text="x"))

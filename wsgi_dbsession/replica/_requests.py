@@ -75,10 +75,17 @@ def listen(primary: Engine, requests: Callable[[], list[Request]]) -> None:
     At AUTOCOMMIT a connection may be returned to the pool without any COMMIT.
 
     :param primary: the engine.
-    :param requests: returns those in force.
+    :param requests: returns those in force. Several ``Replicas`` of one engine have their own.
     :raises ValueError: it is not PostgreSQL with one of the known drivers.
     """
     commit = Commit(primary)
+    sources = vars(primary.dialect).setdefault("dbsession_requests", [])
+    sources.append(requests)
+    if len(sources) == 1:  # COMMIT gives its position once, to all of them
+        _replace(primary, commit, lambda: [each for source in sources for each in source()])
+
+
+def _replace(primary: Engine, commit: Commit, requests: Callable[[], list[Request]]) -> None:
     dialect: Any = primary.dialect
     usual, usual_twophase = dialect.do_commit, dialect.do_commit_twophase
 

@@ -84,6 +84,16 @@ def test_an_application_that_is_not_wrapped_is_refused(site: Site) -> None:
     assert ask(app, "POST").errors == []
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_wrap_inside_of_the_middleware_is_refused(method: str, site: Site) -> None:
+    """The response would have started before the commit, so no client would get a cookie."""
+    app = site.replicas.wrap(make_application(site.registry))
+
+    (error,) = ask(SessionMiddleware(app, site.registry), method).errors
+
+    assert str(error).startswith("replicas.wrap() is inside of a SessionMiddleware")
+
+
 def test_a_role_without_privileges_will_do(cluster: PostgresCluster, keep: Keep) -> None:
     """It is not shown the timeline that a standby receives, but that of its last restartpoint."""
     cluster.primary.fetch("DROP ROLE IF EXISTS plain")

@@ -104,6 +104,8 @@ class Replicas:
     def wrap(self, app: WSGIApplication) -> WSGIApplication:
         """Return the application with the cookie. RetryMiddleware goes inside.
 
+        The application raises ``RuntimeError`` if a SessionMiddleware is around it.
+
         :param app: a :class:`SessionMiddleware`, or what is around it.
         """
         inner: Any = app
@@ -115,6 +117,12 @@ class Replicas:
         def application(
             environ: WSGIEnvironment, start_response: StartResponse
         ) -> Iterable[bytes]:
+            if any(scope.environ is environ for scope in scopes()):
+                msg = (
+                    "replicas.wrap() is inside of a SessionMiddleware, which commits too late for "
+                    "the cookie. Write app = replicas.wrap(SessionMiddleware(app, Session))"
+                )
+                raise RuntimeError(msg)
             request = environ[self._key] = Request(self._cookies, environ)
             return app(environ, request.start(start_response))
 

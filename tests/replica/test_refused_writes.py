@@ -6,14 +6,16 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import scoped_session, sessionmaker
 
 from tests.replica.application import PORT, Client
-from tests.replica.site import Site, behind, retrying, write
-from tests.replica.tables import Note
+from tests.replica.conftest import DRIVERS
+from tests.replica.site import SECRET, Site, behind, retrying, write
+from tests.replica.tables import Note, empty_tables
 from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
-from wsgi_dbsession.replica import is_refused_write
+from wsgi_dbsession.replica import Replicas, is_refused_write, read_only_engine
 from wsgi_dbsession.retry import RetryMiddleware
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
+    from tests.replica.site import Keep
+    from tests.support.clusters import PostgresCluster
 
 pytestmark = pytest.mark.xdist_group("replica")
 
@@ -164,3 +168,31 @@ def test_a_block_that_reads_outside_of_requests_uses_a_replica(site: Site) -> No
         assert str(site.registry.scalar(PORT)) in site.ports
     with session_scope(site.registry):
         assert str(site.registry.scalar(PORT)) not in site.ports
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("of", ["the engine", "its options"])
+def test_a_primary_at_autocommit_refuses_the_writes_of_a_read_only_scope(
+    of: str, driver: str, cluster: PostgresCluster, keep: Keep
+) -> None:
+    """PostgreSQL refuses them in a transaction; afterwards the primary is at AUTOCOMMIT again."""
+    empty_tables(cluster.primary.url())
+    url = cluster.primary.url(driver=driver)
+    if of == "the engine":
+        primary = keep(create_engine(url, isolation_level="AUTOCOMMIT", pool_size=1))
+    else:
+        engine = keep(create_engine(url, pool_size=1))
+        primary = engine.execution_options(isolation_level="AUTOCOMMIT")
+    nowhere = keep(read_only_engine(url.set(port=1)))
+    replicas = Replicas(primary, [nowhere], secret=SECRET)
+    registry = scoped_session(sessionmaker(class_=replicas.Session), scopefunc=current_scope)
+    insert = text("INSERT INTO note (text) VALUES ('x')")
+
+    with pytest.raises(DBAPIError) as caught, session_scope(registry, read_only=True):
+        registry.execute(insert)
+
+    assert is_refused_write(caught.value)
+    with session_scope(registry):
+        registry.execute(insert)
+        registry.rollback()
+        assert registry.scalar(select(func.count()).select_from(Note)) == 1

@@ -141,7 +141,11 @@ class Replicas:
         # What came of a replica the first time is not asked for again.
         connection = None if is_retried() else self._read(requests)
         if connection is None and required:
-            return self._primary.connect().execution_options(postgresql_readonly=True)
+            connection = self._primary.connect()
+            if is_autocommit(connection):
+                # psycopg makes transactions read-only, and here there would be none.
+                connection.execution_options(isolation_level="READ COMMITTED")
+            connection.execution_options(postgresql_readonly=True)
         return connection
 
     def _read(self, requests: list[Request]) -> Connection | None:

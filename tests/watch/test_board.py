@@ -154,6 +154,11 @@ def test_another_method_is_refused(board: WSGIApplication) -> None:
         pytest.param({"REMOTE_ADDR": ""}, False, id="a Unix socket, behind which is a proxy"),
         pytest.param({"HTTP_X_FORWARDED_FOR": "127.0.0.1"}, False, id="through a proxy"),
         pytest.param({"HTTP_FORWARDED": "for=127.0.0.1"}, False, id="through another proxy"),
+        pytest.param({"HTTP_X_FORWARDED_SERVER": "shop"}, False, id="through Apache"),
+        pytest.param({"HTTP_X_FORWARDED_PREFIX": "/a"}, False, id="through one with a prefix"),
+        pytest.param({"HTTP_X_FORWARDED": "for=x"}, False, id="through an old proxy"),
+        pytest.param({"SERVER_SOFTWARE": "waitress"}, False, id="by waitress, which hides one"),
+        pytest.param({"waitress.client_disconnected": ""}, False, id="by waitress, renamed"),
         pytest.param({"HTTP_HOST": "shop.example"}, False, id="for another name"),
         pytest.param({"HTTP_HOST": "localhost.example:80"}, False, id="for one that looks alike"),
         pytest.param({"HTTP_HOST": "[fe80::1]"}, False, id="for another machine's address"),
@@ -169,6 +174,23 @@ def test_only_clients_on_this_machine_are_answered(
     assert reply.status == ("200 OK" if allowed else "404 Not Found")
     assert allow_loopback({**LOCAL, **environ}) is allowed
     assert allowed or b"connection" not in reply.body
+
+
+def test_the_log_explains_once_why_waitress_gets_no_board(
+    watch: Watch, board: WSGIApplication, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another refusal is not logged, and ``allow`` opens the board."""
+    look(board, REMOTE_ADDR="1.2.3.4")
+    assert caplog.records == []
+    for _ in range(2):
+        look(board, SERVER_SOFTWARE="waitress")
+    operators = watch.board(application, "/_db", allow=lambda environ: "REMOTE_USER" in environ)
+
+    assert look(operators, SERVER_SOFTWARE="waitress").status == "404 Not Found"
+    assert look(operators, SERVER_SOFTWARE="waitress", REMOTE_USER="ann").status == "200 OK"
+    (record,) = caplog.records
+    assert record.getMessage().startswith("refusing the board at /_db: waitress removes the head")
+    assert record.getMessage().endswith("Pass allow= to Watch.board()")
 
 
 def test_the_application_decides_who_is_answered(watch: Watch) -> None:

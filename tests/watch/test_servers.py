@@ -7,6 +7,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
@@ -74,3 +75,22 @@ def test_the_sixth_request_is_told_who_the_five_are(running: Running) -> None:
     assert set(PATHS) < set(ended)
     assert ended["/sixth"]["waited_s"] > 0.4
     assert board(running)["holders"] == []
+
+
+def test_waitress_behind_a_proxy_shows_no_board(tmp_path: Path) -> None:
+    """It removes the proxy's headers, so a client of the proxy looks like a local one."""
+    (waitress,) = [each for each in SERVERS if each.name == "waitress"]
+    missing = waitress.missing()
+    if missing is not None:
+        pytest.skip(f"NOT RUN: {missing}")
+    running = Running(waitress, f"sqlite:///{tmp_path / 'app.db'}", place=PLACE)
+    proxied = {"X-Forwarded-For": "203.0.113.9", "X-Forwarded-Host": "shop.example"}
+    try:
+        with pytest.raises(HTTPError) as caught:
+            urlopen(Request(f"http://127.0.0.1:{running.port}/_db", headers=proxied), timeout=30)
+        (logged,) = json.loads(running.fetch("/log").body)
+    finally:
+        running.stop()
+
+    assert caught.value.code == 404
+    assert logged.startswith("refusing the board at /_db: waitress removes")

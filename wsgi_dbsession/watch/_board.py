@@ -8,6 +8,8 @@ from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from wsgi_dbsession._report import log
+
 from ._page import PAGE, POLICY
 
 if TYPE_CHECKING:
@@ -16,14 +18,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 # With these, a proxy tells that the client is another one.
-_FORWARDED = (
-    "HTTP_FORWARDED",
-    "HTTP_VIA",
-    "HTTP_X_FORWARDED_FOR",
-    "HTTP_X_FORWARDED_HOST",
-    "HTTP_X_FORWARDED_PROTO",
-    "HTTP_X_REAL_IP",
-)
+_FORWARDED = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_FORWARDED", "HTTP_X_REAL_IP")
 _HEADERS = [
     ("Cache-Control", "no-store"),
     ("Content-Security-Policy", POLICY),
@@ -42,12 +37,22 @@ def allow_loopback(environ: WSGIEnvironment) -> bool:
     keeps out a page of another site whose name was made to point here. A proxy that adds no header
     and replaces Host cannot be told from a local client: keep the board's path out of it.
 
+    waitress removes the headers of a proxy, so each request that it serves is refused.
+
     :param environ: the request's environ.
     """
     return (
-        not any(name in environ for name in _FORWARDED)
+        not any(name.startswith(_FORWARDED) for name in environ)
+        and not _is_served_by_waitress(environ)
         and _is_loopback(str(environ.get("REMOTE_ADDR", "")))
         and _is_loopback(_host(str(environ.get("HTTP_HOST", ""))))
+    )
+
+
+def _is_served_by_waitress(environ: WSGIEnvironment) -> bool:
+    # SERVER_SOFTWARE is its setting `ident`; the key exists from waitress 2.0 on.
+    return (
+        environ.get("SERVER_SOFTWARE") == "waitress" or "waitress.client_disconnected" in environ
     )
 
 
@@ -94,6 +99,7 @@ class Board:
         self._path = path
         self._allow = allow
         self._report = report
+        self._warned = False
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer, or pass the request on."""
@@ -109,12 +115,22 @@ class Board:
     def _answer(self, environ: WSGIEnvironment) -> tuple[str, str, bytes]:
         text = "text/plain; charset=utf-8"
         if not self._allow(environ):
+            self._explain(environ)
             return "404 Not Found", text, b"Not Found\n"
         if environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
             return "405 Method Not Allowed", text, b"Method Not Allowed\n"
         if wants_json(str(environ.get("HTTP_ACCEPT", ""))):
             return "200 OK", _JSON, json.dumps(self._report(), default=_plain).encode()
         return "200 OK", "text/html; charset=utf-8", PAGE
+
+    def _explain(self, environ: WSGIEnvironment) -> None:
+        if self._allow is allow_loopback and _is_served_by_waitress(environ) and not self._warned:
+            self._warned = True
+            log.warning(
+                "refusing the board at %s: waitress removes the headers by which a proxy is "
+                "recognized. Pass allow= to Watch.board()",
+                self._path,
+            )
 
 
 def wants_json(accept: str) -> bool:

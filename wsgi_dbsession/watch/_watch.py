@@ -191,7 +191,8 @@ class Watch(Observer):
         :param app: the WSGI application: outermost, so that it answers even if that does not.
         :param path: where the page is.
         :param allow: called with environ, returns whether to answer; others get a 404. The
-            default answers clients on this machine only, see :func:`allow_loopback`.
+            default answers clients on this machine only, and none under waitress, see
+            :func:`allow_loopback`.
         :return: the WSGI application to serve.
         :raises TypeError: ``app`` or ``allow`` is not callable.
         :raises ValueError: ``path`` does not begin with a slash.

@@ -108,6 +108,109 @@ def test_one_connection_for_all_belongs_to_its_last_user(
     ]
 
 
+@pytest.fixture
+def shared(make_engine: Callable[..., Engine]) -> scoped_session[Session]:
+    """A session registry over one connection for all."""
+    return make_registry(
+        make_engine(poolclass=StaticPool, connect_args={"check_same_thread": False})
+    )
+
+
+def test_who_shares_a_connection_holds_it_again_after_a_nested_block(
+    shared: scoped_session[Session], make_watch: Callable[..., Watch]
+) -> None:
+    """Each has its own statements, and returns the connection by itself."""
+    watch = make_watch(shared)
+
+    def held() -> list[tuple[str, int]]:
+        assert [use.checked_out for use in watch.pools()] == [len(watch.holders())]
+        return [(holder.name, holder.statements) for holder in watch.holders()]
+
+    for _ in range(2):
+        with session_scope(shared, name="outer"):
+            shared.execute(SELECT)
+            with session_scope(shared, name="middle"):
+                shared.execute(SELECT)
+                with session_scope(shared, name="inner"):
+                    shared.execute(SELECT)
+                    assert held() == [("inner", 1)]
+                assert held() == [("middle", 1)]
+            shared.execute(SELECT)
+            assert held() == [("outer", 2)]
+            shared.commit()
+            assert held() == []
+            shared.execute(SELECT)
+            assert held() == [("outer", 1)]
+        assert held() == []
+
+    outer, middle, inner = watch.ended()[:3]
+    assert (outer.connections, outer.statements) == (2, 3)
+    assert (middle.connections, middle.statements) == (1, 1)
+    assert (inner.connections, inner.statements) == (1, 1)
+    assert outer.held_s > middle.held_s > inner.held_s > 0
+
+
+def test_threads_that_share_a_connection_return_it_in_any_order(
+    shared: scoped_session[Session], make_watch: Callable[..., Watch]
+) -> None:
+    """It is the account of the thread that returns it that ends."""
+    watch = make_watch(shared)
+    got, leave = threading.Event(), threading.Event()
+
+    def use() -> None:
+        with session_scope(shared, name="first"):
+            shared.execute(SELECT)
+            got.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    assert got.wait(60)
+    with session_scope(shared, name="second"):
+        shared.execute(SELECT)
+        leave.set()
+        thread.join()
+        assert [holder.name for holder in watch.holders()] == ["second"]
+
+    assert watch.holders() == []
+    assert [(ended.name, ended.connections) for ended in watch.ended()] == [
+        ("second", 1),
+        ("first", 1),
+    ]
+
+
+def test_a_shared_connection_that_is_invalidated_has_no_holder(
+    shared: scoped_session[Session], make_watch: Callable[..., Watch]
+) -> None:
+    """It is closed under all who share it."""
+    watch = make_watch(shared)
+    engine: Engine = shared.session_factory.kw["bind"]
+    with engine.connect(), engine.connect(), engine.connect() as third:
+        assert len(watch.holders()) == 1
+        third.invalidate()
+        assert watch.holders() == []
+
+    assert watch.holders() == []
+
+
+def test_another_connection_is_returned_while_one_is_shared(
+    engine: Engine,
+    registry: scoped_session[Session],
+    shared: scoped_session[Session],
+    make_watch: Callable[..., Watch],
+) -> None:
+    """Each pool has its own holders."""
+    watch = make_watch(shared, registry)
+    with session_scope(shared, name="outer"):
+        shared.execute(SELECT)
+        with session_scope(shared, name="inner"):
+            shared.execute(SELECT)
+            with engine.connect():
+                assert len(watch.holders()) == 2
+            assert [holder.name for holder in watch.holders()] == ["inner"]
+        assert [holder.name for holder in watch.holders()] == ["outer"]
+
+
 def test_a_disposed_engine_is_watched_on(
     engine: Engine, registry: scoped_session[Session], watch: Watch
 ) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _LAST = 100  # how many ended scopes are kept
 _MOST_SPOTS = 500
 _MOST_NAMED = 50  # holders in one error
+_MOST_SHARING = 50  # holders of one connection
 
 
 class Account:
@@ -51,7 +52,8 @@ class Account:
         self.key = key
         self.callbacks: tuple[Callable[[Ended], object], ...] = ()
         self.guard: Guard | None = None
-        self.holds: dict[int, Hold] = {}  # by the driver's connection
+        self.holds: dict[int, Hold] = {}  # by the driver's connection: its last user
+        self.beneath: dict[int, tuple[Hold, ...]] = {}  # likewise: who shares it
         self.backends: dict[int, int | None] = {}  # likewise
         self.waiting: set[Hold] = set()
         self.reads = Reads()
@@ -68,7 +70,8 @@ class Account:
         self._find_line = LineFinder().find
         self._here: Callable[[], Here] | None = None
         # Who tells about connections knows these objects.
-        for each in (self.holds, self.backends, self.waiting, self.last, self.spots):
+        self.forget_holders()
+        for each in (self.backends, self.waiting, self.last, self.spots):
             each.clear()
         if self.guard is not None:
             self.guard.renew()
@@ -78,6 +81,11 @@ class Account:
         if self.pid != getpid():
             self.renew()
         return self
+
+    def forget_holders(self) -> None:
+        """Stop accounting for what is held."""
+        self.holds.clear()
+        self.beneath.clear()
 
     def held(self) -> list[Hold]:
         """Return who holds a connection, the longest first."""
@@ -105,10 +113,11 @@ class Account:
         """Count from here on: the connection is there."""
         key = id(connection.dbapi_connection)
         if key in self.holds:
-            other = self.holds[key]
-            if other.here == hold.here:
-                return  # SingletonThreadPool: the thread gets again what it holds
-            other.end()  # StaticPool: one connection for all, here is its last user
+            if hold.pool.is_per_thread:
+                return
+            hold.pool.share()
+            users = (*self.beneath.get(key, ()), self.holds[key])
+            self.beneath[key] = users[-_MOST_SHARING:]
         self.holds[key] = hold
         hold.since = hold.last = now = monotonic()
         hold.waited = now - hold.asked
@@ -116,6 +125,22 @@ class Account:
         guard = self.guard
         if guard is not None and guard.pid != getpid():
             guard.wake()
+
+    def returned(self, key: int, hold: Hold) -> Hold:
+        """Restore who else holds a connection that several share: StaticPool.
+
+        :param hold: the account of its last user.
+        :return: the account to end: the last one of this thread.
+        """
+        users = (*self.beneath.pop(key, ()), hold)
+        here = find_here()()
+        ended = next((each for each in reversed(users) if each.here == here), hold)
+        others = [each for each in users if each is not ended]
+        if others:
+            self.holds[key] = others.pop()
+        if others:
+            self.beneath[key] = tuple(others)
+        return ended
 
     def timed_out(self, hold: Hold, error: exc.TimeoutError) -> None:
         """Name the holders in the error, and in the log."""

@@ -41,9 +41,15 @@ NO_SCOPE = Names(None, None, "outside of a scope")
 
 
 class AnyPool(Protocol):
-    """Of a pool, an account needs to know the name."""
+    """What an account needs to know of a pool."""
 
     name: str
+
+    is_per_thread: bool
+    """Whether a thread gets again what it holds."""
+
+    def share(self) -> None:
+        """Expect that one connection has several holders."""
 
 
 class Hold:

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import event, exc
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import QueuePool, SingletonThreadPool
 
 from ._holder import backend_pid, either
 from ._records import PoolUse
@@ -44,6 +44,8 @@ class WatchedPool:
         self.timeouts = 0
         self._account = account
         self._undo: list[Callable[[], None]] = []
+        self._is_shared = False
+        self.is_per_thread = isinstance(engine.pool, SingletonThreadPool)
         pool = engine.pool
         # Weak, because an engine that the application has dropped has to go.
         self.dialect = weakref.ref(engine.dialect)
@@ -87,21 +89,26 @@ class WatchedPool:
 
     def _listen(self, pool: Pool) -> None:
         account = self._account
-        holds, backends = account.holds, account.backends
+        holds, backends, beneath = account.holds, account.backends, account.beneath
 
         def on_connect(connection: Any, _: ConnectionPoolEntry) -> None:
             # A child of a fork opens connections of its own before it gets one.
             account.of_this_process()
             backends[id(connection)] = backend_pid(connection)
 
-        def on_close(connection: Any, *_: Any) -> None:
-            backends.pop(id(connection), None)
-
         def on_return(connection: Any, *_: Any) -> None:
             hold = holds.pop(id(connection), None)
             if hold is not None:
+                if beneath:
+                    hold = account.returned(id(connection), hold)
                 hold.end()
 
+        def on_close(connection: Any, *_: Any) -> None:
+            backends.pop(id(connection), None)
+            while id(connection) in holds:  # others share it, and one has invalidated it
+                on_return(connection)
+
+        self._on_return = on_return
         for name, listener in (
             ("connect", on_connect),
             ("close", on_close),
@@ -110,8 +117,27 @@ class WatchedPool:
             ("detach", on_return),  # it is the application's now, and the pool has room again
             ("invalidate", on_return),  # "checkin" follows without the connection
         ):
-            event.listen(pool, name, listener)
-            self._undo.append(partial(_forget, weakref.ref(pool), name, listener))
+            self._listen_to(pool, name, listener)
+
+    def _listen_to(self, pool: Pool, name: str, listener: Callable[..., None]) -> None:
+        event.listen(pool, name, listener)
+        self._undo.append(partial(_forget, weakref.ref(pool), name, listener))
+
+    def share(self) -> None:
+        """Expect that one connection has several holders: StaticPool."""
+        pool = self._pool()
+        if pool is None or self._is_shared:
+            return
+        self._is_shared = True
+        on_return = self._on_return
+
+        def on_reset(connection: Any, record: ConnectionPoolEntry | None, _: Any) -> None:
+            # All holders have one record, so only the first return is followed by "checkin".
+            if record is not None and not record.in_use:
+                on_return(connection)
+
+        # Not before it is needed: with this event, each return costs more.
+        self._listen_to(pool, "reset", on_reset)
 
     def _taking_dispose(self, ref: weakref.ref[Engine], dispose: Callable[..., None]) -> Any:
         # With the event "engine_disposed", as with each event of an engine, a SELECT would cost a

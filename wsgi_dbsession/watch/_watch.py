@@ -98,7 +98,7 @@ class Watch(Observer):
             pools, self._pools = self._pools, []
         for pool in pools:
             pool.release()
-        self._account.holds.clear()
+        self._account.forget_holders()
         _watches.discard(self)
 
     def closed(self, scope: Scope) -> None:

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import Integer, TypeDecorator, func, select, text
 
 from tests.support.wsgi import Server, ask, make_environ
 from wsgi_dbsession import SessionMiddleware, session_scope
@@ -192,6 +192,62 @@ def test_a_statement_that_runs_is_not_warned_of(
         registry.execute(select(func.wait()))
 
     assert warned.records == []
+
+
+@pytest.mark.parametrize(
+    "fetch",
+    [
+        pytest.param(lambda result: result.all(), id="all rows"),
+        pytest.param(list, id="one by one"),
+        pytest.param(lambda result: list(result.partitions(2)), id="in parts"),
+    ],
+)
+def test_rows_that_are_fetched_slowly_are_not_warned_of(
+    fetch: Callable[[Any], object],
+    registry: scoped_session[Session],
+    make_watch: Callable[..., Watch],
+    warned: Warnings,
+) -> None:
+    """The database works for each of them, and the time after them counts from the last one."""
+    watch = make_watch(registry, warn_after=0.1)
+    seen: list[Any] = []
+
+    def wait(number: int) -> int:
+        time.sleep(0.06)
+        seen.extend(watch.holders())
+        return number
+
+    numbers = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 6)"
+    with session_scope(registry):
+        driver: Any = registry.connection().connection.dbapi_connection
+        driver.create_function("wait", 1, wait)
+        fetch(registry.execute(text(f"{numbers} SELECT wait(x) FROM n")))
+        seen.extend(watch.holders())
+
+    assert warned.records == []
+    assert [(each.state, each.idle_s) for each in seen[:-1]] == [("running", 0.0)] * 6
+    assert (seen[-1].state, seen[-1].statements) == ("idle", 1)
+
+
+def test_code_that_a_fetch_calls_for_its_rows_is_warned_of(
+    registry: scoped_session[Session], watch: Watch, warned: Warnings
+) -> None:
+    """The database has sent them by then."""
+
+    class Slow(TypeDecorator[int]):
+        impl = Integer
+        cache_ok = True
+
+        def process_result_value(self, value: Any, dialect: object) -> Any:
+            seen.extend(warned.wait())
+            return value
+
+    seen: list[str] = []
+    with session_scope(registry):
+        registry.execute(text("SELECT 1 AS x").columns(x=Slow())).fetchall()
+
+    (message,) = seen
+    assert message.startswith("connection held without a statement for 0.")
 
 
 def test_without_warn_after_nobody_looks(

@@ -84,6 +84,8 @@ class Guard:
                 how = "without a statement"
                 fix = "`with current_scope().released():` around the slow call"
                 self._warn(hold, frames, how, now - hold.last, fix)
+            elif state == "running":
+                hold.last = now  # a fetch or a COMMIT does not account for itself
 
     def _warn(
         self, hold: Hold, frames: dict[int, FrameType], how: str, seconds: float, fix: str

@@ -205,10 +205,6 @@ class Hold:
             line=show_line(self.line),
         )
 
-    def idle(self, now: float) -> float:
-        """Return for how many seconds no statement has run."""
-        return 0.0 if self.began else now - self.last
-
     def is_left_over(self) -> bool:
         """Return whether its scope has ended, or was dropped."""
         if self.scope is None:

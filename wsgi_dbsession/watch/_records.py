@@ -26,8 +26,9 @@ class Holder:
     """The path of the request, without its query; None likewise."""
 
     state: State
-    """"running": in a statement. "idle": between statements. "overdue": idle for longer than
-    ``warn_after``. "left over": its scope has ended, but the connection was not returned."""
+    """"running": in a statement, a fetch of its rows, or a COMMIT. "idle": between statements.
+    "overdue": idle for longer than ``warn_after``. "left over": its scope has ended, but the
+    connection was not returned."""
 
     since: datetime
     """When it got the connection."""
@@ -36,10 +37,10 @@ class Holder:
     """For how many seconds it has had it."""
 
     idle_s: float
-    """For how many seconds it has run no statement."""
+    """For how many seconds the database has had nothing to do for it."""
 
     idle_share: float
-    """The share of the time in which it ran no statement, from 0 to 1."""
+    """The share of the time in which it ran no statement, from 0 to 1. Fetches count as idle."""
 
     statements: int
     """How many statements it has run on this connection."""
@@ -90,7 +91,7 @@ class Ended:
     """For how many seconds it held a connection, those of several added up."""
 
     in_statements_s: float
-    """For how many of these it ran statements."""
+    """For how many of these it ran statements, without fetches and COMMIT."""
 
     waited_s: float
     """For how many seconds it waited for the pool, or for the database to accept it."""

@@ -6,6 +6,8 @@ from datetime import datetime, timedelta, timezone
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from sqlalchemy.engine.cursor import CursorFetchStrategy
+
 from wsgi_dbsession._response import Response
 
 from ._here import frame_of, name_of, thread_frames, thread_names
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from ._records import State
 
 _ENDS = frozenset({"do_commit", "do_rollback", "do_prepare_twophase", "do_commit_twophase"})
+_FETCHES = frozenset({"fetchone", "fetchmany", "fetchall"})
+# A Result has methods of these names, too, which run code of the application.
+_FETCHING = CursorFetchStrategy.fetchone.__code__.co_filename
 _finder = LineFinder()
 
 
@@ -34,7 +39,7 @@ def show_holders(
             state=state_of(hold, now, warn_after, frames),
             since=_ago(now - hold.since),
             held_s=now - hold.since,
-            idle_s=hold.idle(now),
+            idle_s=idle(hold, now, frames),
             idle_share=hold.idle_share(now),
             statements=hold.statements,
             wrote=hold.wrote,
@@ -79,7 +84,7 @@ def describe(hold: Hold, now: float, frames: dict[int, FrameType]) -> str:
     """Return a holder in words, for an error or a log line."""
     name, line = hold.names().name, where(hold, frames)
     return (
-        f"{name}, held for {now - hold.since:.1f} s, idle for {hold.idle(now):.1f} s, "
+        f"{name}, held for {now - hold.since:.1f} s, idle for {idle(hold, now, frames):.1f} s, "
         f"asked at {show_line(hold.line)}{f', now {line}' if line else ''}"
     )
 
@@ -99,15 +104,31 @@ def state_of(
     """Return in which state a holder is."""
     if hold.is_left_over():
         return "left over"
-    if hold.began:
+    if is_running(hold, frames):
         return "running"
-    if warn_after is None or now - hold.last <= warn_after:
-        return "idle"
-    # To account for each COMMIT would cost each request something: look only if it is slow.
+    return "idle" if warn_after is None or now - hold.last <= warn_after else "overdue"
+
+
+def is_running(hold: Hold, frames: dict[int, FrameType]) -> bool:
+    """Return whether the database works for a holder: on a statement, a fetch or a COMMIT."""
+    if hold.began:
+        return True
+    if hold.is_left_over() or hold.is_between_steps():
+        # Its thread may serve another request meanwhile.
+        return False
+    # To account for each fetch and each COMMIT would cost each request something.
     for frame in _stack(hold, frames):
-        if frame.f_code.co_name in _ENDS and kind_of(frame.f_code.co_filename) == SQLALCHEMY:
-            return "running"
-    return "overdue"
+        code = frame.f_code
+        if code.co_name in _FETCHES and code.co_filename == _FETCHING:
+            return True
+        if code.co_name in _ENDS and kind_of(code.co_filename) == SQLALCHEMY:
+            return True
+    return False
+
+
+def idle(hold: Hold, now: float, frames: dict[int, FrameType]) -> float:
+    """Return for how many seconds the database has done nothing for a holder."""
+    return 0.0 if is_running(hold, frames) else now - hold.last
 
 
 def _stack(hold: Hold, frames: dict[int, FrameType]) -> Iterator[FrameType]:

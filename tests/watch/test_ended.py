@@ -139,6 +139,35 @@ def test_an_error_in_a_callback_is_logged(
     assert record.exc_info is not None
 
 
+def test_a_callback_may_use_the_registry(registry: scoped_session[Session], watch: Watch) -> None:
+    """Its own scopes are recorded, and it is not called for them."""
+    calls: list[str] = []
+
+    def use(name: str) -> None:
+        with session_scope(registry, name=name):
+            registry.execute(SELECT)
+
+    @watch.on_end
+    def store(ended: Ended) -> None:
+        calls.append(ended.name)
+        use("store")
+
+    @watch.on_end
+    def fail(_: Ended) -> None:
+        use("fail")
+        raise SystemExit
+
+    for name in ("one", "two"):
+        with pytest.raises(SystemExit):
+            use(name)
+
+    assert calls == ["one", "two"]
+    assert [ended.name for ended in watch.ended()] == [
+        *("fail", "store", "two"),
+        *("fail", "store", "one"),
+    ]
+
+
 def test_the_lines_that_hold_for_the_longest_come_first(
     registry: scoped_session[Session], watch: Watch
 ) -> None:

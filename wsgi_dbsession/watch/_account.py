@@ -52,6 +52,7 @@ class Account:
         self.key = key
         self.callbacks: tuple[Callable[[Ended], object], ...] = ()
         self.guard: Guard | None = None
+        self._calling: set[Here] = set()  # threads that run callbacks
         self.holds: dict[int, Hold] = {}  # by the driver's connection: its last user
         self.beneath: dict[int, tuple[Hold, ...]] = {}  # likewise: who shares it
         self.backends: dict[int, int | None] = {}  # likewise
@@ -71,7 +72,7 @@ class Account:
         self._here: Callable[[], Here] | None = None
         # Who tells about connections knows these objects.
         self.forget_holders()
-        for each in (self.backends, self.waiting, self.last, self.spots):
+        for each in (self._calling, self.backends, self.waiting, self.last, self.spots):
             each.clear()
         if self.guard is not None:
             self.guard.renew()
@@ -191,11 +192,22 @@ class Account:
         if total.attempt > 1:
             with self.lock:
                 self.retries += 1
-        for callback in self.callbacks:
-            try:
-                callback(total.show())
-            except Exception:
-                log.exception("on_end callback failed: %r", callback)
+        if self.callbacks:
+            self._call_back(total)
+
+    def _call_back(self, hold: Hold) -> None:
+        here = find_here()()
+        if here in self._calling:  # a callback has used a scope of its own
+            return
+        self._calling.add(here)
+        try:
+            for callback in self.callbacks:
+                try:
+                    callback(hold.show())
+                except Exception:
+                    log.exception("on_end callback failed: %r", callback)
+        finally:
+            self._calling.discard(here)
 
     def _open_spot(self, key: tuple[int, int] | None, hold: Hold) -> None:
         with self.lock:

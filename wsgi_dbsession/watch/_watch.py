@@ -172,7 +172,8 @@ class Watch(Observer):
     def on_end(self, callback: F) -> F:
         """Call ``callback(ended)`` for each scope that has ended and used a connection.
 
-        It runs in the thread of the scope; an error in it is logged only.
+        It runs in the thread of the scope; an error in it is logged only. The scopes that it uses
+        itself, to store what it is given, are recorded, but no callback is called for them.
 
         :param callback: a callable that takes an :class:`Ended`.
         :return: the callback, so that this is a decorator too.

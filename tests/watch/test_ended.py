@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import NullPool
 
 from tests.support.wsgi import ask, make_registry
 from wsgi_dbsession import SessionMiddleware, session_scope
@@ -336,6 +338,33 @@ def test_connections_of_one_scope_are_added_up(
     assert (ended.connections, ended.statements, ended.wrote) == (4, 4, True)
     assert ended.waited_s >= 0.05
     assert 0 < ended.in_statements_s < ended.held_s
+
+
+def test_a_connect_that_fails_counts_as_waiting(make_watch: Callable[..., Watch]) -> None:
+    """Even if the scope gets no connection at all, or gets one afterwards."""
+    failures = [OSError("no route"), KeyboardInterrupt()]
+
+    def connect() -> sqlite3.Connection:
+        time.sleep(0.05)
+        if failures:
+            raise failures.pop(0)
+        return sqlite3.connect(":memory:")
+
+    registry = make_registry(create_engine("sqlite://", creator=connect, poolclass=NullPool))
+    watch = make_watch(registry)
+    with pytest.raises(OSError, match="no route"), session_scope(registry, name="none"):
+        registry.execute(SELECT)
+    with session_scope(registry, name="late"):
+        with pytest.raises(KeyboardInterrupt):
+            registry.execute(SELECT)
+        registry.rollback()
+        registry.execute(SELECT)
+
+    late, none = watch.ended()
+    assert (none.name, none.connections, none.outcome) == ("none", 0, "rollback")
+    assert none.waited_s >= 0.05
+    assert late.waited_s >= 0.1
+    assert (late.name, late.connections, late.statements) == ("late", 1, 1)
 
 
 def test_a_connection_that_is_returned_late_changes_no_record(

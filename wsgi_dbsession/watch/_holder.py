@@ -130,7 +130,7 @@ class Hold:
         self.asked = monotonic()
 
     def give_up(self) -> float:
-        """Count the time of a wait that timed out, and return it."""
+        """Count the time of a wait that failed, and return it."""
         self.waited = waited = monotonic() - self.asked
         if self.first is not None:
             self._add_to(self.first)

@@ -163,6 +163,9 @@ class WatchedPool:
                 self.timeouts += 1
                 account.timed_out(hold, error)
                 raise
+            except BaseException:
+                hold.give_up()
+                raise
             finally:
                 waiting.discard(hold)
             got(hold, connection)

@@ -81,6 +81,26 @@ def test_one_connection_for_a_thread_is_one_holder(
         assert len(watch.holders()) == 1
 
 
+def test_one_connection_for_a_thread_belongs_to_the_outer_block(
+    make_watch: Callable[..., Watch],
+) -> None:
+    """A nested block gets none from SingletonThreadPool, so it is left out."""
+    registry = make_registry(create_engine("sqlite://"))
+    watch = make_watch(registry)
+    records: list[Any] = []
+    watch.on_end(records.append)
+    with session_scope(registry, name="outer"):
+        registry.execute(SELECT)
+        with session_scope(registry, name="inner"):
+            registry.execute(SELECT)
+        assert [(holder.name, holder.statements) for holder in watch.holders()] == [("outer", 2)]
+    registry.session_factory.kw["bind"].dispose()
+
+    assert watch.ended() == records
+    assert [(ended.name, ended.connections) for ended in records] == [("outer", 1)]
+    assert [place.scopes for place in watch.places()] == [1]
+
+
 def test_one_connection_for_all_belongs_to_its_last_user(
     make_engine: Callable[..., Engine], make_watch: Callable[..., Watch]
 ) -> None:

@@ -177,6 +177,8 @@ class Account:
         hold.attempt = (environ or scope.info).get("wsgi_dbsession.attempt", 1)
         hold.ended = time()
         total = hold if hold.held and hold.more is None else hold.total()
+        if not total.connections and not total.waited:
+            return  # SingletonThreadPool: an outer scope had the connection already
         self.last.append(total)
         line = total.line
         # Not the code itself: it would be hashed each time. The spot keeps it, and so its id.

@@ -154,7 +154,8 @@ class Watch(Observer):
     def ended(self) -> list[Ended]:
         """Return the last scopes that have ended, the last one first.
 
-        Those that used no connection are left out.
+        Those that asked for no connection are left out. Those that asked and got none, because
+        the pool timed out or the database refused, have 0 ``connections``.
         """
         return self._account.of_this_process().show_ended()
 
@@ -170,7 +171,7 @@ class Watch(Observer):
         return [use for use in uses if use is not None]
 
     def on_end(self, callback: F) -> F:
-        """Call ``callback(ended)`` for each scope that has ended and used a connection.
+        """Call ``callback(ended)`` for each scope that :meth:`ended` has.
 
         It runs in the thread of the scope; an error in it is logged only. The scopes that it uses
         itself, to store what it is given, are recorded, but no callback is called for them.

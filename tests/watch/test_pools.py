@@ -14,6 +14,7 @@ from sqlalchemy.pool import NullPool, SingletonThreadPool, StaticPool
 
 from tests.support.wsgi import make_registry
 from wsgi_dbsession import current_scope, session_scope
+from wsgi_dbsession.testing import isolate
 from wsgi_dbsession.watch import Watch
 
 if TYPE_CHECKING:
@@ -382,6 +383,19 @@ def test_what_was_put_around_the_watch_stays(
     assert engine.pool.connect is others
     with engine.connect() as connection:
         connection.execute(SELECT)
+
+
+def test_one_connection_of_a_test_is_outside_of_its_scopes(
+    registry: scoped_session[Session], watch: Watch
+) -> None:
+    """``isolate`` holds it, and gives it to all scopes."""
+    with isolate(registry):
+        with session_scope(registry, name="inside"):
+            registry.execute(SELECT)
+            assert [holder.name for holder in watch.holders()] == ["outside of a scope"]
+        assert watch.ended() == []
+
+    assert watch.holders() == []
 
 
 def test_a_watch_outlives_its_engine(make_watch: Callable[..., Watch]) -> None:

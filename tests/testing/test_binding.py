@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, event, func, insert, select, text
 from sqlalchemy.exc import DatabaseError
+from sqlalchemy.orm import Session as SQLAlchemySession
 
 from tests.support.models import Base, Database, Note
 from tests.support.wsgi import make_registry
@@ -15,6 +17,7 @@ from wsgi_dbsession import session_scope
 from wsgi_dbsession.testing import isolate, record_outcomes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -93,6 +96,124 @@ def test_a_session_from_before_is_refused(database: Database, registry: Registry
         with isolate(registry):
             registry.add(Note(text="outside"))
             registry.flush()
+    assert database.notes() == []
+
+
+def test_a_session_that_chooses_its_engine_is_refused_from_before(database: Database) -> None:
+    """The isolation puts another class in place of its own."""
+
+    class Choosing(SQLAlchemySession):
+        def get_bind(self, *arguments: Any, **options: Any) -> Engine:
+            return database.engine
+
+    registry = make_registry(None, class_=Choosing)
+    with pytest.raises(RuntimeError, match="past the isolation"), session_scope(registry):
+        registry()
+        with isolate(registry):
+            registry.add(Note(text="outside"))
+            registry.flush()
+    assert database.notes() == []
+
+
+@pytest.mark.promise("nothing remains")
+@pytest.mark.parametrize("kept", ["the whole test", "the isolation"])
+def test_a_transaction_from_before_refuses_the_isolation(
+    database: Database, registry: Registry, kept: str
+) -> None:
+    """A fixture opens a scope and reads, then one isolates: what the test writes would stay."""
+    with pytest.raises(RuntimeError, match="past the isolation"), contextlib.ExitStack() as test:
+        test.enter_context(session_scope(registry))
+        registry.scalars(select(Note)).all()
+        with isolate(registry):
+            registry.add(Note(text="stays"))
+            if kept == "the isolation":
+                registry.commit()
+    assert database.notes() == []
+    with isolate(registry):
+        add(registry, "gone")
+    assert database.notes() == []
+
+
+def test_a_scope_from_before_without_a_transaction_is_not_refused(
+    database: Database, registry: Registry
+) -> None:
+    """A fixture may add reference data, commit, and keep its scope."""
+    with session_scope(registry):
+        registry.add(Note(text="there"))
+        registry.commit()
+        with isolate(registry):
+            add(registry, "gone")
+            assert notes(registry) == ["there", "gone"]
+        assert registry.scalars(select(Note.text)).all() == ["there"]
+    assert database.notes() == ["there"]
+
+
+def test_a_transaction_of_another_registry_is_not_refused(
+    database: Database, registry: Registry
+) -> None:
+    """What is not isolated may be at work around the isolation."""
+    other = make_registry(database.engine)
+    with session_scope(other, registry):
+        other.scalars(select(Note)).all()
+        with isolate(registry):
+            add(registry, "gone")
+        other.scalars(select(Note)).all()
+    assert database.notes() == []
+
+
+def _flush(session: SQLAlchemySession) -> None:
+    session.add(Note(text="outside"))
+    session.flush()
+
+
+def _commit(session: SQLAlchemySession) -> None:
+    session.execute(insert(Note).values(text="outside"))
+    session.commit()
+
+
+@pytest.mark.promise("nothing remains")
+@pytest.mark.parametrize("write", [_flush, _commit])
+def test_a_transaction_from_before_is_refused_without_a_scope(
+    database: Database, registry: Registry, write: Callable[[SQLAlchemySession], None]
+) -> None:
+    """That of another thread, for example: no scope leads to it."""
+    with registry.session_factory() as session:
+        session.scalars(select(Note)).all()
+        with isolate(registry), pytest.raises(RuntimeError, match="past the isolation"):
+            write(session)
+    assert database.notes() == []
+
+
+def test_a_transaction_from_before_that_has_only_read_may_end(
+    database: Database, registry: Registry
+) -> None:
+    """Its commit leaves nothing behind."""
+    session = registry.session_factory()
+    session.scalars(select(Note)).all()
+    with isolate(registry):
+        session.commit()
+        session.close()
+        add(registry, "gone")
+    assert database.notes() == []
+
+
+@pytest.mark.parametrize("inner_first", [True, False], ids=["in order", "in the wrong order"])
+def test_an_isolation_refuses_after_another_one_has_ended(
+    database: Database, registry: Registry, inner_first: bool
+) -> None:
+    """Each removes its own listeners only."""
+    session = registry.session_factory()
+    session.scalars(select(Note)).all()
+    isolations = [isolate(registry), isolate(registry)]
+    for each in isolations:
+        each.__enter__()
+    if inner_first:
+        isolations.reverse()
+    isolations[0].__exit__(None, None, None)
+    with pytest.raises(RuntimeError, match="past the isolation"):
+        _flush(session)
+    session.close()
+    isolations[1].__exit__(None, None, None)
     assert database.notes() == []
 
 

@@ -8,7 +8,7 @@ import gc
 import threading
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
 from wsgi_dbsession._block import session_scope
@@ -18,12 +18,13 @@ from wsgi_dbsession._scope import find_scope
 
 from ._engine import IsolatedEngine
 from ._outcomes import record_outcomes
+from ._outsiders import refuse_begun, refuse_later
 from ._shared import SharedConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from sqlalchemy.orm import SessionTransaction, scoped_session, sessionmaker
+    from sqlalchemy.orm import scoped_session, sessionmaker
     from sqlalchemy.pool import Pool
 
     from wsgi_dbsession._scope import Scope
@@ -52,9 +53,10 @@ def isolate(*registries: scoped_session[Any], wait: float = 5) -> Generator[list
     :raises TypeError: see :class:`wsgi_dbsession.session_scope`; or if a registry is bound to a
         Connection.
     :raises ValueError: likewise; or if a registry is not bound to an engine.
-    :raises RuntimeError: at the end of the block, if a scope or a transaction was left open, if a
-        rollback has undone what another transaction had committed, or if the outer transaction
-        was ended, so that rows remain in the database.
+    :raises RuntimeError: at once, if an active scope has a Session whose transaction has begun; or
+        at the end of the block, if a scope or a transaction was left open, if a rollback has
+        undone what another transaction had committed, or if the outer transaction was ended, so
+        that rows remain in the database.
     """
     with open_isolation(registries, wait) as isolation:
         yield isolation.outcomes
@@ -67,6 +69,7 @@ def open_isolation(
     """Do the same as :func:`isolate`, and return the isolation itself."""
     adopt(registries)
     checked = tuple(dict.fromkeys(registries))
+    refuse_begun(registry.session_factory for registry in checked)
     problems: list[str] = []
     with record_outcomes(*checked) as outcomes:
         isolation = Isolation(outcomes, wait)
@@ -178,6 +181,7 @@ class Isolation:
                 "Session.configure(bind=engine) before isolate(Session)"
             )
             raise ValueError(msg)
+        refuse_later(factory, self.undone)
         if chooses:
             self._bind_choice(factory)
         bound: dict[str, Any] = {}
@@ -188,22 +192,6 @@ class Isolation:
         before = {name: factory.kw.get(name) for name in bound}
         factory.configure(**bound)
         self.undone.callback(_restore, factory, bound, before)
-        self._watch(factory)
-
-    def _watch(self, factory: sessionmaker[Any]) -> None:
-        def refuse_outsider(
-            session: Session, transaction: SessionTransaction, connection: Connection
-        ) -> None:
-            if not isinstance(connection.engine, IsolatedEngine):
-                msg = (
-                    f"a Session uses {connection.engine!r} past the isolation. It was made before "
-                    "isolate(), or its registry was bound to an engine after that: begin the "
-                    "isolation when the application is made, and outside of any scope"
-                )
-                raise RuntimeError(msg)
-
-        event.listen(factory, "after_begin", refuse_outsider)
-        self.undone.callback(event.remove, factory, "after_begin", refuse_outsider)
 
     def _bind_choice(self, factory: sessionmaker[Any]) -> None:
         """Isolate what ``get_bind()`` returns, where the Session class has one of its own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import bindparam, event, func, select, text
@@ -256,6 +256,75 @@ def test_a_setting_of_the_connection_stays_until_the_end(
             assert tenant(registry) == "7"
     with session_scope(registry):
         assert not tenant(registry)
+
+
+def _setting(name: str) -> Any:
+    return text(f"SELECT coalesce(current_setting('{name}', true), '')")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["a transaction", "a savepoint"])
+@pytest.mark.parametrize("others", [True, False], ids=["others commit", "alone"])
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("SET app.tenant = '7'", "app.tenant"),
+        ("SET SESSION app.tenant TO '7'", "app.tenant"),
+        ("/* x */ SET TIME ZONE 'Europe/Berlin'", "TimeZone"),
+        ("SET statement_timeout = 5; SET application_name = 'x'", "application_name"),
+        ("RESET application_name", "application_name"),
+        ("SET ROLE pg_write_all_data", "role"),
+        ("SET SESSION AUTHORIZATION pg_write_all_data", "session_authorization"),
+    ],
+)
+def test_a_rollback_takes_back_a_setting_of_the_connection(
+    postgres_database: Database, statement: str, name: str, whole: bool, others: bool
+) -> None:
+    """And only that: what another transaction has committed meanwhile stays."""
+    registry = make_registry(postgres_database.engine)
+    with isolate(registry):
+        with session_scope(registry):
+            registry.execute(text("SET application_name = 'before'"))
+            before = registry.scalar(_setting(name))
+        with session_scope(registry) as scope:
+            savepoint = None if whole else registry.begin_nested()
+            if others:
+                add(registry, "audit")
+            registry.execute(text("SET LOCAL statement_timeout = '9s'"))
+            registry.execute(text(statement))
+            assert registry.scalar(_setting(name)) != before
+            if others:
+                with session_scope(registry):
+                    registry.execute(text("INSERT INTO note (text) VALUES ('audit')"))
+            if savepoint is not None:
+                savepoint.rollback()
+                assert registry.scalar(_setting(name)) == before
+            scope.doom()
+        with session_scope(registry):
+            assert registry.scalar(_setting(name)) == before
+        assert notes(registry) == (["audit", "audit"] if others else [])
+
+
+def test_a_released_savepoint_leaves_its_setting_to_the_transaction(registry: Registry) -> None:
+    """So the rollback of the transaction takes it back."""
+    with isolate(registry):
+        for outcome in ("rollback", "commit"):
+            with session_scope(registry) as scope:
+                with registry.begin_nested():
+                    registry.execute(text("SET app.tenant = '7'"))
+                add(registry, "audit")
+                if outcome == "rollback":
+                    scope.doom()
+            with session_scope(registry):
+                assert tenant(registry) == ("7" if outcome == "commit" else "")
+
+
+@pytest.mark.parametrize("statement", ["SET CONSTRAINTS ALL DEFERRED", "RESET ALL"])
+def test_what_cannot_be_taken_back_alone_is_a_write(registry: Registry, statement: str) -> None:
+    """Its rollback undoes what was committed meanwhile, and is reported."""
+    with problem("has undone what"), isolate(registry), session_scope(registry) as scope:
+        registry.execute(text(statement))
+        add(registry, "audit")
+        scope.doom()
 
 
 def test_a_failed_transaction_loses_its_settings(registry: Registry) -> None:

@@ -6,13 +6,13 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, event, func, insert, select, text
+from sqlalchemy import Engine, create_engine, event, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError
 
 from tests.support.models import Base, Database, Note, make_engine
 from tests.support.wsgi import make_registry
 from tests.testing.applications import add, notes, problem
-from wsgi_dbsession import session_scope
+from wsgi_dbsession import current_scope, session_scope
 from wsgi_dbsession.testing import isolate
 
 if TYPE_CHECKING:
@@ -162,7 +162,38 @@ def _take_the_connection(registry: Registry) -> None:
     cursor.close()
 
 
-@pytest.mark.parametrize(
+def _update_nothing(registry: Registry) -> None:
+    registry.execute(update(Note).where(Note.id == -1).values(text="x"))
+
+
+def _delete_nothing(registry: Registry) -> None:
+    registry.execute(text("DELETE FROM note WHERE id = -1"))
+
+
+def _insert_nothing(registry: Registry) -> None:
+    registry.execute(text("INSERT INTO note (text) SELECT text FROM note WHERE id = -1"))
+
+
+def _set_something(registry: Registry) -> None:
+    on_postgresql = registry.get_bind().dialect.name == "postgresql"
+    registry.execute(text("SET statement_timeout = '9s'" if on_postgresql else _CACHE))
+
+
+def _lock_the_table(registry: Registry) -> None:
+    if registry.get_bind().dialect.name == "postgresql":
+        registry.execute(text("LOCK TABLE note IN SHARE MODE"))
+
+
+def _use_a_cursor(registry: Registry) -> None:
+    if registry.get_bind().dialect.name == "postgresql":
+        registry.execute(text("DECLARE one CURSOR FOR SELECT * FROM note"))
+        registry.execute(text("FETCH ALL FROM one")).all()
+        registry.execute(text("CLOSE one"))
+
+
+_CACHE = "PRAGMA cache_size = 100"
+
+each_read = pytest.mark.parametrize(
     "read",
     [
         pytest.param(_look, id="SELECT"),
@@ -170,8 +201,17 @@ def _take_the_connection(registry: Registry) -> None:
         pytest.param(_call, id="a function"),
         pytest.param(_with, id="WITH"),
         pytest.param(_take_the_connection, id="a cursor"),
+        pytest.param(_update_nothing, id="UPDATE of no row"),
+        pytest.param(_delete_nothing, id="DELETE of no row"),
+        pytest.param(_insert_nothing, id="INSERT of no row"),
+        pytest.param(_set_something, id="SET or PRAGMA"),
+        pytest.param(_lock_the_table, id="LOCK TABLE"),
+        pytest.param(_use_a_cursor, id="DECLARE, FETCH and CLOSE"),
     ],
 )
+
+
+@each_read
 def test_what_only_reads_undoes_nothing(registry: Registry, read: Work) -> None:
     """Its rollback leaves alone what others have committed meanwhile."""
     with isolate(registry):
@@ -183,6 +223,43 @@ def test_what_only_reads_undoes_nothing(registry: Registry, read: Work) -> None:
             add(registry, "c")
             scope.doom()
         assert notes(registry) == ["a", "b", "c"]
+
+
+@each_read
+def test_a_connection_knows_that_it_has_only_read(registry: Registry, read: Work) -> None:
+    """So the commit after ``Session.remove()`` is not refused, nor is a ``released()`` block."""
+    with isolate(registry):
+        with session_scope(registry):
+            read(registry)
+            with current_scope().released():
+                pass
+            read(registry)
+            registry.remove()
+        with session_scope(registry) as scope:
+            read(registry)
+            add(registry, "audit")
+            read(registry)
+            connection: Any = registry.connection()
+            assert not connection.has_written()
+            scope.doom()
+        assert notes(registry) == ["audit"]
+
+
+@each_write
+def test_further_writes_are_not_those_of_the_next_reader(registry: Registry, write: Work) -> None:
+    """Rows are counted anew after each transaction that may have written."""
+    with isolate(registry):
+        _make_function(registry)
+        with session_scope(registry):
+            mine: Any = registry.connection()
+            _look(registry)
+            write(registry)
+            assert mine.has_written()
+            write(registry)
+            with session_scope(registry):
+                _look(registry)
+                connection: Any = registry.connection()
+                assert not connection.has_written()
 
 
 @each_write
@@ -228,6 +305,26 @@ def test_a_server_that_counts_no_rows_is_asked_for_locks(postgres_database: Data
     engine.dispose()
 
 
+def test_a_server_that_counts_no_rows_is_not_asked_for_changed_rows(
+    postgres_database: Database,
+) -> None:
+    """The driver has their number. Another transaction may have the savepoint's lock already."""
+    engine = make_engine(postgres_database.url, connect_args={"options": "-c track_counts=off"})
+    registry = make_registry(engine)
+    with isolate(registry):
+        one, two = registry.session_factory(), registry.session_factory()
+        for session in (one, two):
+            session.scalars(select(Note)).all()
+        for session in (one, two):
+            session.execute(insert(Note).values(text="a"))
+            connection: Any = session.connection()
+            assert connection.has_written()
+        two.rollback()
+        one.rollback()
+        assert notes(registry) == []
+    engine.dispose()
+
+
 def test_a_failed_transaction_is_rolled_back(postgres_database: Database) -> None:
     """PostgreSQL cannot be asked then, so it counts as one that has written."""
     registry = make_registry(postgres_database.engine)
@@ -255,6 +352,16 @@ def test_a_pragma_that_sets_something_writes(sqlite_database: Database) -> None:
         scope.doom()
     with session_scope(registry):
         assert registry.scalar(text("PRAGMA user_version")) == 0
+
+
+@pytest.mark.parametrize("pragma", ["user_version(5)", "main.application_id = 5"])
+def test_a_pragma_writes_in_whatever_form(sqlite_database: Database, pragma: str) -> None:
+    """With a schema's name, and in parentheses."""
+    registry = make_registry(sqlite_database.engine)
+    with isolate(registry), session_scope(registry):
+        registry.execute(text(f"PRAGMA {pragma}"))
+        connection: Any = registry.connection()
+        assert connection.has_written()
 
 
 def test_a_cursor_outside_of_a_transaction_is_nobodys(registry: Registry) -> None:

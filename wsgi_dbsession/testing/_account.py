@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ._deferred import deferred_constraints
 from ._settings import local_settings_of
+from ._statements import looks_read_only, session_settings, writes_only_rows
 
 if TYPE_CHECKING:
     from ._outer import OuterTransaction
@@ -46,6 +48,22 @@ class Account:
                 others = (each.violations for each in self.open if each is not active)
                 active.violations = self._deferred.find() - sum(others, Counter[Any]())
 
+    def others(self) -> list[IsolatedTransaction]:
+        """Return the open transactions of other threads."""
+        me = threading.get_ident()
+        return [each for each in self.open if each.thread != me]
+
+    def expect(self, transaction: IsolatedTransaction, statement: object, text: str) -> None:
+        """Expect what a statement, a string or ``Compiled``, is about to write."""
+        selects = getattr(getattr(statement, "statement", None), "is_select", False)
+        counted = self._outer.counts_rows and writes_only_rows(text)
+        if selects or counted or looks_read_only(text):
+            self.doubt(transaction)
+        else:
+            self.wrote(transaction)
+        if not self._outer.is_aborted():
+            self.settings.remember(transaction, session_settings(text))
+
     def wrote(self, transaction: IsolatedTransaction) -> None:
         """Write it down as the one that writes now."""
         self._savepoints.stack[-1].writers.add(transaction)
@@ -53,7 +71,9 @@ class Account:
 
     def doubt(self, transaction: IsolatedTransaction) -> None:
         """Find out later whether it has written: by a function, or on the driver's connection."""
-        if transaction not in self._savepoints.stack[-1].writers and self._unsure is None:
+        if transaction in self._savepoints.stack[-1].writers:
+            self._written = None  # it may go on, which is then not counted as another one's work
+        elif self._unsure is None:
             if self._written is None and not self._outer.is_aborted():
                 self._written = self._outer.rows_written()
             self._unsure = transaction

@@ -66,6 +66,7 @@ class IsolatedConnection(Connection):
             engine, self.shared.driver_connection(), _has_events=False, _allow_revalidate=False
         )
         event.listen(self, "before_cursor_execute", _before_cursor_execute)
+        event.listen(self, "after_cursor_execute", _after_cursor_execute)
         dispatch: Any = self.dispatch
         self.dispatch = dispatch._join(engine.dispatch)
 
@@ -188,6 +189,17 @@ def _before_cursor_execute(
     executemany: bool,
 ) -> None:
     connection.shared.before_cursor(statement, parameters)
+
+
+def _after_cursor_execute(
+    connection: IsolatedConnection,
+    cursor: Any,
+    statement: str,
+    parameters: object,
+    context: object,
+    executemany: bool,
+) -> None:
+    connection.shared.after_cursor(connection.isolated, statement, cursor.rowcount)
 
 
 def _without_fixed(options: dict[str, Any]) -> dict[str, Any]:

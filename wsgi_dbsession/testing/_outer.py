@@ -110,6 +110,11 @@ class OuterTransaction:
         """Return whether PostgreSQL accepts nothing but a rollback, after a failed statement."""
         return bool(is_aborted(self.driver))
 
+    @property
+    def counts_rows(self) -> bool:
+        """Whether rows_written() has a number."""
+        return self._dialect in ("sqlite", "postgresql")
+
     def rows_written(self) -> int | None:
         """Return a number that grows with each row that is written, or None if there is none."""
         if self._dialect == "sqlite":

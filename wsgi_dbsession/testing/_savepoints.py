@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 class IsolatedTransaction:
     """What the application takes for a transaction."""
 
-    __slots__ = ("began", "is_open", "opened", "settings", "thread", "undone", "violations")
+    __slots__ = (
+        "began",
+        "is_open",
+        "opened",
+        "replaced",
+        "settings",
+        "thread",
+        "undone",
+        "violations",
+    )
 
     began: Savepoint
     """The savepoint that it began with."""
@@ -37,6 +46,9 @@ class IsolatedTransaction:
     settings: dict[str, str]
     """The settings that it has made for itself, as far as they are known."""
 
+    replaced: list[tuple[str, str]]
+    """The settings of the connection that it has changed, each with the value before that."""
+
     violations: Counter[Any]
     """The violations of deferred constraints that its work has brought about so far."""
 
@@ -46,18 +58,20 @@ class IsolatedTransaction:
         self.thread = threading.get_ident()
         self.undone = None
         self.settings = {}
+        self.replaced = []
         self.violations = Counter()
 
 
 class Savepoint:
     """A savepoint, and who wrote after it was set and before the next one was."""
 
-    __slots__ = ("ended", "failed", "name", "owner", "settings", "writers")
+    __slots__ = ("ended", "failed", "name", "owner", "replaced", "settings", "writers")
 
     def __init__(self, name: str, owner: IsolatedTransaction | None) -> None:
         self.name = name
         self.owner = owner  # None: an isolation
         self.settings: dict[str, str] = {}  # those in force when it was set
+        self.replaced = 0 if owner is None else len(owner.replaced)  # how many it had changed
         self.writers: set[IsolatedTransaction] = set()
         self.ended = False
         self.failed = False

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from ._savepoints import IsolatedTransaction
+    from ._savepoints import IsolatedTransaction, Savepoint
 
 # The names in the functions of the database; not those in PostgreSQL's own.
 _BODIES = """
@@ -63,6 +63,17 @@ class LocalSettings:
             if wanted[name] != outside[name]:
                 self._set(name, wanted[name])
 
+    def remember(self, transaction: IsolatedTransaction, names: Collection[str]) -> None:
+        """Remember settings of the connection that the transaction is about to change."""
+        del transaction, names
+
+    def revert(self, savepoint: Savepoint) -> None:
+        """Take back those that its owner has changed since.
+
+        The savepoint may have been released or moved in order to keep what others have committed.
+        """
+        del savepoint
+
     def _read(self, names: Collection[str]) -> dict[str, str]:
         return dict.fromkeys(names, "")
 
@@ -89,8 +100,20 @@ class PostgresSettings(LocalSettings):
         # One that was never set is NULL before, and empty after its transaction has ended.
         return {name: value or "" for name, value in zip(names, row, strict=True)}
 
-    def _set(self, name: str, value: str) -> None:
-        self._connection.execute(select(func.pg_catalog.set_config(name, value, True)))
+    def _set(self, name: str, value: str, *, local: bool = True) -> None:
+        self._connection.execute(select(func.pg_catalog.set_config(name, value, local)))
+
+    def remember(self, transaction: IsolatedTransaction, names: Collection[str]) -> None:
+        """Remember settings of the connection that the transaction is about to change."""
+        transaction.replaced.extend(self._read(names).items())
+
+    def revert(self, savepoint: Savepoint) -> None:
+        """Take back those that its owner has changed since."""
+        assert savepoint.owner is not None
+        # They stay in the list: the rollback of the transaction may bring them into force again.
+        for name, value in reversed(savepoint.owner.replaced[savepoint.replaced :]):
+            if self._read([name])[name] != value:
+                self._set(name, value, local=False)
 
 
 class SQLiteSettings(LocalSettings):

@@ -19,7 +19,7 @@ from ._account import Account
 from ._loss import Loss
 from ._outer import OuterTransaction
 from ._savepoints import IsolatedTransaction, Savepoints
-from ._statements import ends_transaction, local_settings, looks_read_only
+from ._statements import changes_rows, ends_transaction, local_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -235,16 +235,18 @@ class SharedConnection:
                 )
                 raise RuntimeError(msg)
             self._account.switch(transaction)
-            selects = getattr(getattr(statement, "statement", None), "is_select", False)
-            if selects or looks_read_only(text):
-                self._account.doubt(transaction)
-            else:
-                self._account.wrote(transaction)
+            self._account.expect(transaction, statement, text)
 
     def before_cursor(self, text: str, parameters: Any) -> None:
         """Look after the settings that a statement is about to make."""
         with self._turn:
             self._account.settings.learn(local_settings(text, parameters))
+
+    def after_cursor(self, transaction: IsolatedTransaction, text: str, rowcount: int) -> None:
+        """Count a statement that has changed rows as a write."""
+        if rowcount > 0 and changes_rows(text):
+            with self._turn:
+                self._account.wrote(transaction)
 
     def after_statement(self) -> None:
         """Raise if the statement has ended the outer transaction."""
@@ -287,6 +289,7 @@ class SharedConnection:
     def _undo(self, savepoint: Savepoint) -> None:
         with self.loss.noticing():
             self.savepoints.roll_back(savepoint, aborted=self._outer.is_aborted())
+            self._account.settings.revert(savepoint)
 
     def _leave(self, transaction: IsolatedTransaction) -> None:
         if transaction.is_open:
@@ -294,13 +297,9 @@ class SharedConnection:
             self._account.open.remove(transaction)
             self._turn.notify_all()
 
-    def _others(self) -> list[IsolatedTransaction]:
-        me = threading.get_ident()
-        return [each for each in self._account.open if each.thread != me]
-
     def _await_turn(self) -> None:
-        if not self._turn.wait_for(lambda: not self._others(), self._wait):
-            other = self._others()[0]
+        if not self._turn.wait_for(lambda: not self._account.others(), self._wait):
+            other = self._account.others()[0]
             msg = (
                 f"timed out after {self._wait:g} s, waiting for the end of another thread's "
                 f"transaction, which was begun at {other.opened}. In the isolation all threads "

@@ -30,13 +30,31 @@ _COMMENT_OR_LITERAL = re.compile(
 
 _READS = re.compile(
     rf"(?:{_GAP}|\()*"
-    r"(?:SELECT|SHOW|EXPLAIN|VALUES|TABLE|WITH|SET\s+LOCAL|PRAGMA(?![^;]*=))\b",
+    r"(?:SELECT|SHOW|EXPLAIN|VALUES|TABLE|WITH|SET\s+LOCAL|PRAGMA(?![^;]*[=(]))\b",
     re.IGNORECASE | re.DOTALL,
 )
+_CHANGES = re.compile(
+    rf"(?:{_GAP}|\()*(?:INSERT|UPDATE|DELETE|MERGE|REPLACE)\b", re.IGNORECASE | re.DOTALL
+)
+# These PRAGMAs write to the file, and a rollback takes them back.
+_WRITING = r"(?:application_id|auto_vacuum|encoding|schema_version|user_version)"
+_WRITES_NO_OTHER = re.compile(
+    rf"(?:{_GAP}|\()*"
+    r"(?:DECLARE|FETCH|MOVE|CLOSE|LOCK|LISTEN|UNLISTEN|RESET(?!\s+ALL\b)"
+    r"|SET(?!\s+(?:CONSTRAINTS|SESSION\s+CHARACTERISTICS)\b)"
+    rf"|PRAGMA(?![^;]*\b{_WRITING}\b))\b",
+    re.IGNORECASE | re.DOTALL,
+)
+_MAKES_SETTING = re.compile(rf"{_GAP}*(?:SET|RESET)\b", re.IGNORECASE | re.DOTALL)
 
 _NAME = r"[A-Za-z_][\w$]*(?:\.[A-Za-z_][\w$]*)*"
 _LOCAL = re.compile(
     rf"\bSET{_GAP}+LOCAL{_GAP}+"
+    rf'"?(TIME\s+ZONE|SESSION\s+AUTHORIZATION|XML\s+OPTION|{_NAME})',
+    re.IGNORECASE | re.DOTALL,
+)
+_SESSION = re.compile(
+    rf"\b(?:SET|RESET){_GAP}+(?:SESSION{_GAP}+(?!AUTHORIZATION\b))?(?!LOCAL\b)"
     rf'"?(TIME\s+ZONE|SESSION\s+AUTHORIZATION|XML\s+OPTION|{_NAME})',
     re.IGNORECASE | re.DOTALL,
 )
@@ -79,14 +97,35 @@ def looks_read_only(text: str) -> bool:
     return _READS.match(text) is not None
 
 
+def changes_rows(text: str) -> bool:
+    """Return whether the text begins like a statement that inserts, updates or deletes rows."""
+    return _CHANGES.match(text) is not None
+
+
+def writes_only_rows(text: str) -> bool:
+    """Return whether a database that counts the rows written counts all that this one writes.
+
+    That holds for ``UPDATE``, for ``LOCK``, which writes nothing, and for ``SET``, whose setting
+    is looked after: see :func:`session_settings`.
+    """
+    return changes_rows(text) or _WRITES_NO_OTHER.match(text) is not None
+
+
+def session_settings(text: str) -> set[str]:
+    """Return the names of PostgreSQL's settings that the text sets until the session ends.
+
+    A rollback takes them back.
+    """
+    return _names(_SESSION.findall(text)) if _MAKES_SETTING.match(text) else set()
+
+
 def local_settings(text: str, parameters: object = None) -> set[str]:
     """Return the names of PostgreSQL's settings that the text sets until the transaction ends.
 
     :param text: a statement, or the body of a function.
     :param parameters: those of the statement; a name may be among them.
     """
-    names = {" ".join(found.lower().split()) for found in _LOCAL.findall(text)}
-    names = {_WORDS.get(name, name) for name in names}
+    names = _names(_LOCAL.findall(text))
     for found in _SET_CONFIG.finditer(text):
         if found["session"]:
             continue
@@ -102,6 +141,11 @@ def local_settings(text: str, parameters: object = None) -> set[str]:
             )
     # PostgreSQL itself resets those of a transaction, such as READ ONLY, with the savepoint.
     return {name for name in names if not name.startswith("transaction_")}
+
+
+def _names(found: list[str]) -> set[str]:
+    names = {" ".join(each.lower().split()) for each in found}
+    return {_WORDS.get(name, name) for name in names}
 
 
 def _flatten(parameters: object) -> Iterator[object]:

@@ -188,6 +188,32 @@ def test_a_fixture_may_name_the_registries(shop: pytest.Pytester) -> None:
     assert rows(shop) == 0
 
 
+def test_a_fixture_may_return_a_single_registry(shop: pytest.Pytester) -> None:
+    """Each of the plugin's fixtures accepts it."""
+    shop.makeini("[pytest]")
+    shop.makepyfile(
+        """
+        import pytest
+        import shop
+
+        @pytest.fixture(scope="session")
+        def session_registries():
+            return shop.Session
+
+        def test_it(dbsession_module_isolation, dbsession_outcomes, dbsession_scope):
+            shop.Session.add(shop.Note(text="a"))
+            shop.Session.commit()
+            assert len(dbsession_outcomes) == len(dbsession_module_isolation) == 1
+
+        class TestOfAClass:
+            def test_it(self, dbsession_class_isolation):
+                shop.add("a")
+        """
+    )
+    run(shop).assert_outcomes(passed=2)
+    assert rows(shop) == 0
+
+
 @pytest.mark.promise("constructors")
 @pytest.mark.parametrize(
     ("line", "complaint"),

@@ -14,16 +14,18 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy.orm import scoped_session
 
 from wsgi_dbsession.testing._isolation import Isolation, open_isolation
 from wsgi_dbsession.testing._outcomes import Recorded, record_outcomes
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from sqlalchemy.orm import scoped_session
+    from collections.abc import Generator, Iterable
+    from typing import TypeAlias
 
     from wsgi_dbsession._scope import Scope
+
+_Registries: TypeAlias = "Iterable[scoped_session[Any]] | scoped_session[Any]"
 
 _OPTION = "wsgi_dbsession_registries"
 
@@ -39,7 +41,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def session_registries(pytestconfig: pytest.Config) -> tuple[scoped_session[Any], ...]:
-    """The registries to isolate: those of the option, or override this fixture."""
+    """The registries to isolate: those of the option, or override this fixture.
+
+    An overriding fixture may return a single registry as it is.
+    """
     names: list[str] = pytestconfig.getini(_OPTION)
     if not names:
         pytest.fail(
@@ -64,11 +69,16 @@ def _find(name: str) -> scoped_session[Any]:
     return found
 
 
+def _all(registries: _Registries) -> tuple[scoped_session[Any], ...]:
+    # To iterate over a scoped_session is to iterate over its Session.
+    return (registries,) if isinstance(registries, scoped_session) else tuple(registries)
+
+
 @contextlib.contextmanager
-def _isolate(registries: tuple[scoped_session[Any], ...]) -> Generator[Isolation]:
+def _isolate(registries: _Registries) -> Generator[Isolation]:
     problem = None
     try:
-        with open_isolation(registries) as isolation:
+        with open_isolation(_all(registries)) as isolation:
             yield isolation
     except RuntimeError as error:
         problem = error
@@ -78,9 +88,9 @@ def _isolate(registries: tuple[scoped_session[Any], ...]) -> Generator[Isolation
 
 @pytest.fixture
 def _dbsession_isolation(
-    session_registries: tuple[scoped_session[Any], ...],
+    session_registries: _Registries,
 ) -> Generator[Isolation]:
-    with _isolate(tuple(session_registries)) as isolation:
+    with _isolate(session_registries) as isolation:
         yield isolation
 
 
@@ -92,38 +102,38 @@ def dbsession_isolation(_dbsession_isolation: Isolation) -> list[Recorded]:
 
 @pytest.fixture(scope="class")
 def dbsession_class_isolation(
-    session_registries: tuple[scoped_session[Any], ...],
+    session_registries: _Registries,
 ) -> Generator[list[Recorded]]:
     """Roll back what the tests of a class do together."""
-    with _isolate(tuple(session_registries)) as isolation:
+    with _isolate(session_registries) as isolation:
         yield isolation.outcomes
 
 
 @pytest.fixture(scope="module")
 def dbsession_module_isolation(
-    session_registries: tuple[scoped_session[Any], ...],
+    session_registries: _Registries,
 ) -> Generator[list[Recorded]]:
     """Roll back what the tests of a module do together."""
-    with _isolate(tuple(session_registries)) as isolation:
+    with _isolate(session_registries) as isolation:
         yield isolation.outcomes
 
 
 @pytest.fixture
 def dbsession_outcomes(
-    session_registries: tuple[scoped_session[Any], ...],
+    session_registries: _Registries,
 ) -> Generator[list[Recorded]]:
     """Record the outcomes of the test's scopes, isolated or not."""
-    with record_outcomes(*session_registries) as outcomes:
+    with record_outcomes(*_all(session_registries)) as outcomes:
         yield outcomes
 
 
 @pytest.fixture
 def dbsession_scope(
-    _dbsession_isolation: Isolation, session_registries: tuple[scoped_session[Any], ...]
+    _dbsession_isolation: Isolation, session_registries: _Registries
 ) -> Generator[Scope]:
     """Open a scope for the test itself, in the isolation of ``dbsession_isolation``.
 
     The test can use the registries as a request does. Requests read what it has committed.
     """
-    with _dbsession_isolation.open_scope(tuple(session_registries)) as scope:
+    with _dbsession_isolation.open_scope(_all(session_registries)) as scope:
         yield scope

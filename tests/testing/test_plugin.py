@@ -268,6 +268,96 @@ def test_a_leak_fails_its_test_and_no_other(shop: pytest.Pytester) -> None:
     assert rows(shop) == 0
 
 
+LEAKS = """
+    import pytest
+    from shop import app
+
+    kept = []
+
+    @pytest.fixture
+    def leaking(dbsession_{level}isolation):
+        response = app({{"REQUEST_METHOD": "GET", "PATH_INFO": "/feed"}}, lambda *_: None)
+        kept.append(response)
+        next(response)
+
+    @pytest.fixture
+    def failing(leaking):
+        assert not kept
+
+    class TestIt:
+        {mark}
+        def test_it(self, leaking):
+            {end}
+
+        def test_the_last_one(self):
+            pass
+"""
+
+
+@pytest.mark.parametrize("level", ["", "class_", "module_"])
+def test_a_leak_of_a_failed_test_is_only_logged(shop: pytest.Pytester, level: str) -> None:
+    """The leak is most likely a consequence of the failure."""
+    shop.makepyfile(LEAKS.format(level=level, mark="", end="assert not kept"))
+    result = run(shop, "--log-cli-level=ERROR")
+    result.assert_outcomes(failed=1, passed=1)
+    result.stdout.fnmatch_lines(["*the scope of GET /feed was never ended*"])
+
+
+@pytest.mark.parametrize("level", ["", "class_", "module_"])
+def test_a_leak_is_only_logged_if_a_later_fixture_has_failed(
+    shop: pytest.Pytester, level: str
+) -> None:
+    """The error of the fixture is reported alone."""
+    shop.makepyfile(
+        LEAKS.format(level=level, mark="@pytest.mark.usefixtures('failing')", end="pass")
+    )
+    result = run(shop, "--log-cli-level=ERROR")
+    result.assert_outcomes(errors=1, passed=1)
+    result.stdout.fnmatch_lines(["*the scope of GET /feed was never ended*"])
+
+
+@pytest.mark.parametrize(
+    ("mark", "end", "outcome"),
+    [
+        ("@pytest.mark.xfail", "assert not kept", "xfailed"),
+        ("", "pytest.skip()", "skipped"),
+    ],
+)
+def test_a_leak_is_reported_unless_a_test_has_failed(
+    shop: pytest.Pytester, mark: str, end: str, outcome: str
+) -> None:
+    """A test that was skipped, or that is expected to fail, hides no leak of its module."""
+    shop.makepyfile(LEAKS.format(level="module_", mark=mark, end=end))
+    result = run(shop)
+    assert result.parseoutcomes()[outcome] == 1
+    result.stdout.fnmatch_lines(["the scope of GET /feed was never ended*"])
+
+
+def test_an_isolation_that_cannot_begin_fails_even_after_a_failure(shop: pytest.Pytester) -> None:
+    """That of a module may begin late."""
+    shop.makepyfile(
+        """
+        import pytest
+        from shop import Session, notes, session_scope
+
+        @pytest.fixture
+        def scope():
+            with session_scope(Session):
+                Session.connection()
+                yield
+
+        def test_it_fails():
+            assert 0
+
+        def test_it(scope, request):
+            request.getfixturevalue("dbsession_module_isolation")
+        """
+    )
+    result = run(shop)
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["*past the isolation*"])
+
+
 @pytest.mark.long
 @pytest.mark.promise("nothing remains")
 @pytest.mark.parametrize("database", ["one file for each worker", "one PostgreSQL for all"])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy.orm import scoped_session
 
+from wsgi_dbsession._report import log
 from wsgi_dbsession.testing._isolation import Isolation, open_isolation
 from wsgi_dbsession.testing._outcomes import Recorded, record_outcomes
 
@@ -29,6 +30,9 @@ _Registries: TypeAlias = "Iterable[scoped_session[Any]] | scoped_session[Any]"
 
 _OPTION = "wsgi_dbsession_registries"
 
+# Of a test, and of its class and module: whether it has failed.
+_FAILED = pytest.StashKey[bool]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that names the registries."""
@@ -37,6 +41,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "the session registries to isolate, each as package.module:name",
         type="linelist",
     )
+
+
+# Around the wrappers of other plugins, which may turn a failure into an expected one.
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
+    """Remember that a test has failed, for the end of its isolations."""
+    found = yield
+    report: pytest.TestReport = found.get_result()
+    if report.when == "setup":
+        item.stash[_FAILED] = False  # it may run again
+    if report.when != "teardown" and report.failed:
+        for node in item.listchain():
+            node.stash[_FAILED] = True
 
 
 @pytest.fixture(scope="session")
@@ -75,22 +92,28 @@ def _all(registries: _Registries) -> tuple[scoped_session[Any], ...]:
 
 
 @contextlib.contextmanager
-def _isolate(registries: _Registries) -> Generator[Isolation]:
+def _isolate(registries: _Registries, request: pytest.FixtureRequest) -> Generator[Isolation]:
     problem = None
+    opened = False
     try:
         with open_isolation(_all(registries)) as isolation:
+            opened = True
             yield isolation
     except RuntimeError as error:
         problem = error
     if problem is not None:
-        pytest.fail(str(problem), pytrace=False)
+        untyped: Any = request  # FixtureRequest.node has no annotation
+        if opened and untyped.node.stash.get(_FAILED, False):
+            log.error("%s", problem)  # most likely a consequence of that failure
+        else:
+            pytest.fail(str(problem), pytrace=False)
 
 
 @pytest.fixture
 def _dbsession_isolation(
-    session_registries: _Registries,
+    session_registries: _Registries, request: pytest.FixtureRequest
 ) -> Generator[Isolation]:
-    with _isolate(session_registries) as isolation:
+    with _isolate(session_registries, request) as isolation:
         yield isolation
 
 
@@ -102,19 +125,19 @@ def dbsession_isolation(_dbsession_isolation: Isolation) -> list[Recorded]:
 
 @pytest.fixture(scope="class")
 def dbsession_class_isolation(
-    session_registries: _Registries,
+    session_registries: _Registries, request: pytest.FixtureRequest
 ) -> Generator[list[Recorded]]:
     """Roll back what the tests of a class do together."""
-    with _isolate(session_registries) as isolation:
+    with _isolate(session_registries, request) as isolation:
         yield isolation.outcomes
 
 
 @pytest.fixture(scope="module")
 def dbsession_module_isolation(
-    session_registries: _Registries,
+    session_registries: _Registries, request: pytest.FixtureRequest
 ) -> Generator[list[Recorded]]:
     """Roll back what the tests of a module do together."""
-    with _isolate(session_registries) as isolation:
+    with _isolate(session_registries, request) as isolation:
         yield isolation.outcomes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import weakref
@@ -17,6 +18,7 @@ from tests.retry.applications import Restless, flask_app, list_app, protect
 from tests.support.models import Note, make_engine
 from tests.support.proxy import Proxy
 from tests.support.wsgi import drive, make_registry
+from wsgi_dbsession.replica import Replicas
 from wsgi_dbsession.retry import Retry
 from wsgi_dbsession.testing import isolate
 
@@ -47,6 +49,11 @@ def run(registry: scoped_session[Session], before: Callable[[], object], **more:
     with pytest.raises(Retry):
         drive(protect(list_app(work), registry, **more), "POST")
     return work.attempts
+
+
+def insert_and_commit(registry: scoped_session[Session]) -> None:
+    registry.execute(INSERT)
+    registry.commit()
 
 
 def engine_of(registry: scoped_session[Session]) -> Any:
@@ -230,6 +237,25 @@ def test_an_error_in_the_flush_of_a_commit_does_not_hide_that_its_answer_was_los
 
     assert work.attempts == 1
     assert postgres_database.notes() == ["kept"]
+
+
+@pytest.mark.parametrize("times", [1, 2], ids=["made once", "made by two applications"])
+def test_a_commit_on_the_primary_of_replicas_that_were_made_late_counts(
+    times: int, engine: Engine, postgres_database: Database
+) -> None:
+    """``Replicas`` replaces the method that commits, and sends COMMIT without calling the old."""
+    early = make_registry(engine)
+    assert run(early, lambda: early.execute(text("SELECT 1"))) == 3
+
+    for number in range(times):
+        replicas = Replicas(engine, [engine], secret="a secret of sixteen bytes")
+        registry = make_registry(engine, class_=replicas.Session)
+        work = Restless(functools.partial(insert_and_commit, registry))
+        app = replicas.wrap(protect(list_app(work), registry))
+        with pytest.raises(Retry):
+            drive(app, "POST")
+        assert work.attempts == 1
+        assert len(postgres_database.notes()) == number + 1
 
 
 # -- AUTOCOMMIT -----------------------------------------------------------------------------------

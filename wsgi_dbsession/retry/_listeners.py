@@ -21,14 +21,17 @@ from wsgi_dbsession._driver import is_read_only
 from ._attempt import attempts
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Dialect
+    from collections.abc import Callable
+
+    from sqlalchemy import Connection
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.orm import SessionTransaction
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from ._attempt import Attempt
 
-_watched: weakref.WeakSet[Dialect] = weakref.WeakSet()
+_wrappers: weakref.WeakSet[Callable[[PoolProxiedConnection], None]] = weakref.WeakSet()
+"""Each ``do_commit`` of :func:`_watch`, which lives as long as its dialect."""
 
 
 def listen() -> None:
@@ -49,7 +52,7 @@ def _on_checkout(_: object, __: ConnectionPoolEntry, proxy: PoolProxiedConnectio
 
 def _on_begin(session: Session, _: SessionTransaction, connection: Connection) -> None:
     found = attempts()
-    if found and connection.dialect not in _watched and not is_read_only(connection):
+    if found and not is_read_only(connection):
         _watch(connection.dialect)
     for attempt in found:
         attempt.begin(session, connection)
@@ -82,8 +85,11 @@ def _watch(dialect: Any) -> None:
     Methods of a dialect are there to be replaced in subclasses; an engine that exists has an
     object.
     """
-    _watched.add(dialect)
     commit, rollback = dialect.do_commit, dialect.do_rollback
+    # On top only: what replaced it later, as Replicas does, may send COMMIT without calling it.
+    # To be there twice does no harm.
+    if commit in _wrappers:
+        return
 
     # The core looks for these names in tracebacks.
     def do_commit(connection: PoolProxiedConnection) -> None:
@@ -97,6 +103,7 @@ def _watch(dialect: Any) -> None:
             attempt.roll_back(connection.dbapi_connection)
         rollback(connection)
 
+    _wrappers.add(do_commit)
     dialect.do_commit, dialect.do_rollback = do_commit, do_rollback
     _watch_phases(dialect)
 

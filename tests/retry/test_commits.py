@@ -6,26 +6,27 @@ import contextlib
 import functools
 import gc
 import logging
+import sqlite3
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 
 from tests.retry.applications import Restless, flask_app, list_app, protect
 from tests.support.models import Note, make_engine
 from tests.support.proxy import Proxy
 from tests.support.wsgi import drive, make_registry
-from wsgi_dbsession.replica import Replicas
+from wsgi_dbsession.replica import Replicas, read_only_engine
 from wsgi_dbsession.retry import Retry
 from wsgi_dbsession.testing import isolate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sqlalchemy import Engine
     from sqlalchemy.orm import scoped_session
 
     from tests.support.models import Database
@@ -256,6 +257,60 @@ def test_a_commit_on_the_primary_of_replicas_that_were_made_late_counts(
             drive(app, "POST")
         assert work.attempts == 1
         assert len(postgres_database.notes()) == number + 1
+
+
+# -- opened before the attempt --------------------------------------------------------------------
+
+
+def begun_session(engine: Engine) -> Session:
+    session = Session(engine)
+    session.execute(text("SELECT 1"))
+    return session
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+@pytest.mark.parametrize("opened", [Engine.connect, begun_session], ids=["Connection", "Session"])
+def test_a_commit_counts_though_its_connection_was_opened_before_the_attempt(
+    opened: Callable[[Engine], Any],
+    end: str,
+    registry: scoped_session[Session],
+    postgres_database: Database,
+) -> None:
+    """An outer middleware, or a thread, keeps a connection that several requests use."""
+    protect(list_app(lambda: None), registry)  # from here on it listens
+    kept = opened(postgres_database.engine)
+
+    def work() -> None:
+        kept.execute(INSERT)
+        getattr(kept, end)()
+
+    assert run(registry, work) == (1 if end == "commit" else 3)
+    assert postgres_database.notes() == (["kept"] if end == "commit" else [])
+    kept.close()
+
+
+def test_a_kept_connection_of_a_read_only_engine_is_no_obstacle(
+    notes: scoped_session[Session], sqlite_database: Database
+) -> None:
+    """Nothing can be written on it, so its commit commits nothing."""
+    protect(list_app(lambda: None), notes)
+    reads = read_only_engine(sqlite_database.engine)
+    with reads.connect() as kept:
+
+        def work() -> None:
+            kept.execute(text("SELECT * FROM note"))
+            kept.commit()
+
+        assert run(notes, work) == 3
+    reads.dispose()
+
+
+def test_a_pool_without_an_engine_may_be_used(notes: scoped_session[Session]) -> None:
+    """It has no dialect whose commits could be seen, so its use is an obstacle."""
+    connect: Any = functools.partial(sqlite3.connect, ":memory:")
+    pool = NullPool(connect)
+
+    assert run(notes, lambda: pool.connect().close()) == 1
 
 
 # -- AUTOCOMMIT -----------------------------------------------------------------------------------

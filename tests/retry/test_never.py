@@ -120,9 +120,7 @@ def test_nothing_is_run_again_once_something_was_committed(
 
     assert (work.attempts, postgres_database.notes()) == (1, ["kept"])
     reason = "it has committed"
-    if by == "an engine":
-        reason = "it used a connection without a Session, which may have committed"
-    elif by == "AUTOCOMMIT":
+    if by == "AUTOCOMMIT":
         reason = "it used a connection at AUTOCOMMIT, which may have written"
     assert (
         f"not retrying POST /path: attempt 1 of 3 failed with Retry, but {reason}"

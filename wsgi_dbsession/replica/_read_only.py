@@ -101,6 +101,7 @@ def read_only_engine(engine_or_url: Engine | URL | str, **options: Any) -> Engin
     # 2.0.20, and leaves the COMMIT, for which PyMySQL and pg8000 ask the server.
     dialect: Any = engine.dialect
     dialect.do_commit = dialect.do_rollback = _do_nothing
+    setattr(dialect, READ_ONLY, True)  # for listeners of the pool, which has no options
     event.listen(engine, "checkout", _Check(server))
     event.listen(engine, "handle_error", _explain, retval=True)
     event.listen(engine, "set_connection_execution_options", _keep_autocommit)

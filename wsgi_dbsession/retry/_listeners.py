@@ -11,12 +11,12 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
-from wsgi_dbsession._driver import is_read_only
+from wsgi_dbsession._driver import READ_ONLY, is_read_only
 
 from ._attempt import attempts
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _wrappers: weakref.WeakSet[Callable[[PoolProxiedConnection], None]] = weakref.WeakSet()
 """Each ``do_commit`` of :func:`_watch`, which lives as long as its dialect."""
+_reading: weakref.WeakSet[PoolProxiedConnection] = weakref.WeakSet()
+"""What Sessions read from, where the server refuses writes; its dialect may be another's too."""
 
 
 def listen() -> None:
@@ -45,16 +47,22 @@ def listen() -> None:
     event.listen(Session, "after_soft_rollback", _on_soft_rollback)
 
 
-def _on_checkout(_: object, __: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
+def _on_checkout(_: object, __: ConnectionPoolEntry, proxy: Any) -> None:
+    # Without an attempt too: the connection may be kept, and commit in one. A pool has no public
+    # way to its dialect, and without an engine only a substitute for it.
+    dialect = proxy._pool._dialect
+    if isinstance(dialect, Dialect):
+        _watch(dialect)
     for attempt in attempts():
         attempt.check_out(proxy)
 
 
 def _on_begin(session: Session, _: SessionTransaction, connection: Connection) -> None:
-    found = attempts()
-    if found and not is_read_only(connection):
+    if not is_read_only(connection):
         _watch(connection.dialect)
-    for attempt in found:
+    elif not (connection.closed or connection.invalidated):
+        _reading.add(connection.connection)
+    for attempt in attempts():
         attempt.begin(session, connection)
 
 
@@ -88,18 +96,18 @@ def _watch(dialect: Any) -> None:
     commit, rollback = dialect.do_commit, dialect.do_rollback
     # On top only: what replaced it later, as Replicas does, may send COMMIT without calling it.
     # To be there twice does no harm.
-    if commit in _wrappers:
+    if commit in _wrappers or getattr(dialect, READ_ONLY, False):
         return
 
     # The core looks for these names in tracebacks.
     def do_commit(connection: PoolProxiedConnection) -> None:
-        found = _start()
+        found = _start(_attempts_on(connection))
         commit(connection)
         for attempt in found:
             attempt.end_commit(connection.dbapi_connection)
 
     def do_rollback(connection: PoolProxiedConnection) -> None:
-        for attempt in attempts():
+        for attempt in _attempts_on(connection):
             attempt.roll_back(connection.dbapi_connection)
         rollback(connection)
 
@@ -113,13 +121,13 @@ def _watch_phases(dialect: Any) -> None:
     rollback = dialect.do_rollback_twophase
 
     def do_prepare_twophase(connection: Connection, xid: object) -> None:
-        found = _start()
+        found = _start(attempts())
         prepare(connection, xid)
         for attempt in found:
             attempt.end_phase()
 
     def do_commit_twophase(connection: Connection, *args: Any, **options: Any) -> None:
-        found = _start()
+        found = _start(attempts())
         commit(connection, *args, **options)
         for attempt in found:
             attempt.end_commit(connection.connection.dbapi_connection)
@@ -128,7 +136,7 @@ def _watch_phases(dialect: Any) -> None:
         connection: Connection, xid: object, is_prepared: bool = True, recover: bool = False
     ) -> None:
         # A prepared transaction that is not undone may still be committed.
-        found = _start() if is_prepared else []
+        found = _start(attempts()) if is_prepared else []
         rollback(connection, xid, is_prepared, recover)
         for attempt in found:
             attempt.end_phase()
@@ -138,8 +146,13 @@ def _watch_phases(dialect: Any) -> None:
     dialect.do_rollback_twophase = do_rollback_twophase
 
 
-def _start() -> list[Attempt]:
+def _attempts_on(connection: PoolProxiedConnection) -> list[Attempt]:
+    """Return the attempts for which a COMMIT or ROLLBACK on this connection counts."""
     found = attempts()
+    return [] if found and connection in _reading else found
+
+
+def _start(found: list[Attempt]) -> list[Attempt]:
     for attempt in found:
         attempt.start_commit()
     return found

@@ -11,7 +11,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -27,6 +27,7 @@ from wsgi_dbsession.testing import isolate
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from sqlalchemy import Connection
     from sqlalchemy.orm import scoped_session
 
     from tests.support.models import Database
@@ -172,6 +173,44 @@ def test_a_session_on_a_connection_does_not_answer_for_it(
 
     assert run(registry, work) == 1
     assert postgres_database.notes() == (["kept"] if commits else [])
+
+
+def _by_bind(connection: Connection) -> None:
+    with Session(connection) as session:
+        session.scalars(select(Note)).all()
+
+
+def _by_binds(connection: Connection) -> None:
+    with Session(binds={Note: connection}) as session:
+        session.scalars(select(Note)).all()
+
+
+def _by_argument(connection: Connection) -> None:
+    with Session() as session:
+        session.scalars(select(Note), bind_arguments={"bind": connection}).all()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [_by_bind, _by_binds, _by_argument],
+    ids=["bind", "binds", "bind_arguments"],
+)
+def test_a_session_on_a_connection_does_not_answer_for_its_driver(
+    use: Callable[[Connection], None],
+    registry: scoped_session[Session],
+    postgres_database: Database,
+) -> None:
+    """A commit of the driver's is not seen, however the Session is bound to the connection."""
+
+    def work() -> None:
+        with engine_of(registry).connect() as connection:
+            driver: Any = connection.connection.driver_connection
+            driver.execute(INSERT.text)
+            driver.commit()
+            use(connection)
+
+    assert run(registry, work) == 1
+    assert postgres_database.notes() == ["kept"]
 
 
 @pytest.mark.parametrize("target", ["every Session", "the registry"])

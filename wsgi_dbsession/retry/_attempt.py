@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sqlalchemy.engine import ExceptionContext
-    from sqlalchemy.orm import Session
+    from sqlalchemy.orm import Session, SessionTransaction
     from sqlalchemy.pool import PoolProxiedConnection
 
     from wsgi_dbsession._scope import Scope
@@ -180,10 +180,12 @@ class Attempt:
         others = [ref for ref in self._loose if ref() is not proxy]
         self._loose = (*others, weakref.ref(proxy))
 
-    def begin(self, session: Session, connection: Connection) -> None:
+    def begin(
+        self, session: Session, transaction: SessionTransaction, connection: Connection
+    ) -> None:
         """Record that a Session began a transaction on this connection."""
         self._is_indirect = type(connection) is not Connection
-        if session.bind is not connection:
+        if _has_opened(session, transaction, connection):
             proxy = connection.connection
             self._loose = tuple(ref for ref in self._loose if ref() is not proxy)
         self._see_autocommit(connection)
@@ -292,3 +294,13 @@ class Attempt:
         if self.committed is not None:
             return self.committed
         return _LOOSE if self._loose else None
+
+
+def _has_opened(session: Session, transaction: Any, connection: Connection) -> bool:
+    """Return whether a Session has opened this connection, rather than got it from elsewhere.
+
+    It may be bound to one in three ways, of which only ``Session.bind`` is public.
+    """
+    opened: bool = transaction._connections[connection][3]
+    # wsgi_dbsession.replica opens one for the Session alone.
+    return opened or getattr(session, "_dbsession_reading", None) is connection

@@ -57,13 +57,13 @@ def _on_checkout(_: object, __: ConnectionPoolEntry, proxy: Any) -> None:
         attempt.check_out(proxy)
 
 
-def _on_begin(session: Session, _: SessionTransaction, connection: Connection) -> None:
+def _on_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
     if not is_read_only(connection):
         _watch(connection.dialect)
     elif not (connection.closed or connection.invalidated):
         _reading.add(connection.connection)
     for attempt in attempts():
-        attempt.begin(session, connection)
+        attempt.begin(session, transaction, connection)
 
 
 def _on_commit(session: Session) -> None:

@@ -6,14 +6,14 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from tests.retry.applications import Restless, flask_app, list_app, protect
 from tests.support.models import make_engine
 from tests.support.proxy import Proxy
 from tests.support.wsgi import drive, make_registry
-from wsgi_dbsession import SessionMiddleware
+from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
 from wsgi_dbsession.retry import Retry, RetryMiddleware, run_transaction
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from tests.support.models import Database
 
+INSERT = text("INSERT INTO note (text) VALUES ('note')")
 FIELDS = ("method", "path", "scope", "attempt", "attempts", "error", "obstacle")
 REQUEST = {"method": "POST", "path": "/path", "scope": "POST /path", "attempts": 2}
 
@@ -135,7 +136,7 @@ def test_an_unknown_outcome_is_logged_once_as_an_error(
         registry = make_registry(engine)
 
         def work() -> None:
-            registry.execute(text("INSERT INTO note (text) VALUES ('note')"))
+            registry.execute(INSERT)
             if by == "the application":
                 registry.commit()
 
@@ -181,3 +182,69 @@ def test_an_attempt_of_a_job_that_is_retried_logs_no_error(
         # A swallowed error makes the COMMIT fail.
         assert levels == ["INFO", *(["ERROR"] if each is swallow else []), "WARNING"]
         assert vars(ours(caplog)[0])["scope"] == f"{each.__qualname__}()"
+
+
+def apologize(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    start_response("503 Service Unavailable", [])
+    return [b"sorry"]
+
+
+def fail_to_commit(_: object) -> None:
+    raise Retry
+
+
+def test_a_failed_commit_is_logged_as_an_error_if_a_hook_keeps_it_from_being_retried(
+    notes: scoped_session[Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The core does not log it, because another attempt was to follow."""
+    caplog.set_level(logging.INFO)
+
+    def audit() -> None:
+        with session_scope(notes):
+            notes.execute(INSERT)
+
+    def work() -> None:
+        notes.execute(INSERT)
+        event.listen(notes(), "before_commit", fail_to_commit)
+        current_scope().on_rollback(audit)
+
+    inner = SessionMiddleware(list_app(work), notes, commit_error=apologize)
+    assert drive(RetryMiddleware(inner), "POST").status[:3] == "503"
+
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert record.getMessage() == (
+        "not retrying POST /path: attempt 1 of 3 failed with Retry, but it has committed"
+    )
+    assert fields(record)["obstacle"] == "it has committed"
+    assert record.exc_info is not None
+    assert record.exc_info[0] is Retry
+
+
+def test_a_later_error_does_not_hide_why_a_commit_failed_that_commit_error_answers(
+    postgres_database: Database,
+    other_postgres_database: Database,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The attempt was neither retried nor logged."""
+    caplog.set_level(logging.INFO)
+    registry = make_registry(postgres_database.engine)
+    other = make_registry(other_postgres_database.engine)
+
+    def swallow(session: scoped_session[Session], statement: str) -> None:
+        with pytest.raises(DBAPIError):
+            session.execute(text(statement))
+
+    def work() -> None:
+        swallow(registry, "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
+        swallow(other, "SELECT nonsense")
+        other.rollback()
+
+    inner = SessionMiddleware(list_app(work), registry, other, commit_error=apologize)
+    app = RetryMiddleware(inner, attempts=2, backoff=0)
+    assert drive(app, "POST").status[:3] == "503"
+
+    messages = [record.getMessage() for record in ours(caplog)]
+    assert len(messages) == 2
+    assert messages[0].startswith("retrying POST /path: attempt 1 of 2 failed with Serialization")
+    assert messages[1].startswith("giving up on POST /path: attempt 2 of 2 failed")

@@ -113,6 +113,7 @@ class Attempt:
         "reason",
         "succeeded",
         "unknown",
+        "unlogged",
     )
 
     def __init__(
@@ -130,6 +131,8 @@ class Attempt:
         # What the core says of the outcome.
         self.succeeded = self.failed_to_commit = False
         self.is_logged = False
+        # The failure of a commit that the core does not log, as another attempt is to follow.
+        self.unlogged: Exception | None = None
         self._find = find
         self._may_go_on = may_go_on
         self._retry_connect = retry_connect
@@ -154,12 +157,12 @@ class Attempt:
 
     def will_retry(self, scope: Scope, failure: BaseException) -> bool:
         """Return whether another attempt follows this failed commit."""
-        if (
-            scope.reason == "rolled back"
-            and isinstance(failure, Exception)
-            and self.is_followed(failure)
-        ):
-            return True
+        if scope.reason == "rolled back" and isinstance(failure, Exception):
+            # If commit_error answers, nothing else shows the failure.
+            self.reason = self.why(failure) or self.reason
+            if self.is_followed(failure):
+                self.unlogged = failure
+                return True
         self.is_logged = True  # by the core
         return False
 

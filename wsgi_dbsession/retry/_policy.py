@@ -118,6 +118,7 @@ class Run(ABC):
 
         :param error: what was raised; None where the failure shows in the response only.
         """
+        unlogged, attempt.unlogged = attempt.unlogged, None
         reason, obstacle = attempt.why(error), attempt.obstacle()
         what = (self.describe(), self.number, self.attempts)
         if obstacle == UNKNOWN and not attempt.is_logged:
@@ -126,13 +127,17 @@ class Run(ABC):
                 "not retrying %s: attempt %d of %d lost its connection during COMMIT, "
                 "outcome unknown"
             )
-            log.error(message, *what, extra=self.extra())
+            log.error(message, *what, exc_info=unlogged, extra=self.extra())
         if reason is None or obstacle == UNKNOWN:
             return False
         extra = {**self.extra(), "error": reason}
         if obstacle is not None:
             message = "not retrying %s: attempt %d of %d failed with %s, but %s"
-            log.info(message, *what, reason, obstacle, extra={**extra, "obstacle": obstacle})
+            extra["obstacle"] = obstacle
+            if unlogged is None:
+                log.info(message, *what, reason, obstacle, extra=extra)
+            else:  # the obstacle came after the commit: a hook has committed
+                log.error(message, *what, reason, obstacle, exc_info=unlogged, extra=extra)
             return False
         if not self.may_go_on():
             message = "giving up on %s: attempt %d of %d failed with %s"

@@ -14,6 +14,7 @@ from ._problem import Problem
 from ._record import HOP_BY_HOP, Recording, respond
 from ._replay import replay
 from ._request import fingerprint, identify, read_body, read_key
+from ._row import Row
 from ._rows import Claim, Rows
 from ._table import COLUMNS
 
@@ -116,15 +117,16 @@ class Idempotency:
             return self.app(environ, start_response)
         try:
             claim = self._read(environ)
-            row = None if claim is None else self._rows.claim(claim)
-            if claim is not None and row is not None:
-                return replay(row, claim.fingerprint, start_response)
+            found = None if claim is None else self._rows.claim(claim)
+            if claim is not None and found is not None:
+                return replay(found, claim.fingerprint, start_response)
         except Problem as problem:
             return problem.respond(start_response)
         if claim is None:
             return self.app(environ, start_response)
         environ[_KEY] = claim.key
-        recording = Recording(start_response, self._rows, claim, self._max_response, self._headers)
+        row = Row(self._rows, claim)
+        recording = Recording(start_response, row, self._max_response, self._headers)
         return respond(self.app, environ, recording)
 
     def _read(self, environ: WSGIEnvironment) -> Claim | None:

@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from wsgi_dbsession._scope import current_scope
 from wsgi_dbsession._start import body_length, close
 
 from ._problem import in_progress
-from ._rows import Claim, Rows, Stored
+from ._row import Row, Taken
+from ._rows import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from _typeshed import OptExcInfo
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
-    from sqlalchemy.orm import SessionTransaction
 
 # They belong to one connection: RFC 9110, section 7.6.1.
 HOP_BY_HOP = frozenset(
@@ -43,10 +42,6 @@ _NOT_STORED = HOP_BY_HOP | {"content-length", "date", "set-cookie"}
 
 # What uWSGI's `wsgi.file_wrapper`, a C function, returns: the file that it was given.
 _FILES = (io.BufferedReader, io.BufferedRandom, io.BytesIO, io.FileIO)
-
-
-class Taken(Exception):  # noqa: N818 - it never leaves this package
-    """The key belongs to another request, because the application rolled back this one's row."""
 
 
 def respond(
@@ -73,26 +68,22 @@ class Recording:
     It passes on everything at once: the SessionMiddleware around it holds the start back.
 
     :param start_response: that of the SessionMiddleware.
-    :param rows: where to store the response.
-    :param claim: the request's claim to its key.
+    :param row: where to store the response.
     :param max_response: the largest body, in bytes, that is stored.
     :param chosen: the names of the headers to store, in lower case; None for the usual ones.
     """
 
     __slots__ = (
         "_blocks",
-        "_body",
         "_chosen",
-        "_claim",
         "_headers",
         "_is_marked",
         "_is_stored",
         "_length",
         "_max_response",
-        "_rows",
+        "_row",
         "_server",
         "_status",
-        "_transaction",
         "_write",
         "failure",
     )
@@ -100,15 +91,13 @@ class Recording:
     def __init__(
         self,
         start_response: StartResponse,
-        rows: Rows,
-        claim: Claim,
+        row: Row,
         max_response: int,
         chosen: frozenset[str] | None,
     ) -> None:
         self.failure: BaseException | None = None
         self._server = start_response
-        self._rows = rows
-        self._claim = claim
+        self._row = row
         self._max_response = max_response
         self._chosen = chosen
         self._status: str | None = None
@@ -117,9 +106,6 @@ class Recording:
         self._length = 0
         self._is_marked = False
         self._is_stored = False
-        # What was stored, and the transaction that it was stored in.
-        self._body: bytes | None = None
-        self._transaction: SessionTransaction | None = None
 
     def __call__(
         self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
@@ -154,6 +140,7 @@ class Recording:
         """
         if self.failure is not None:
             raise self.failure  # the application caught it, out of write()
+        self._row.check()
         kind = type(result)
         if kind is list or kind is tuple:
             if self._status is not None:  # or the SessionMiddleware refuses it
@@ -188,9 +175,7 @@ class Recording:
         :raises Taken: if the key does not belong to this request any more.
         """
         if self._is_marked or self._is_stored:
-            transaction = self._rows.transaction()
-            if transaction is not None and transaction is not self._transaction:
-                self._save(self._body)
+            self._run(self._row.renew)
 
     def _expected(self) -> float:
         assert self._status is not None
@@ -218,13 +203,16 @@ class Recording:
 
     def _mark(self) -> None:
         """Store that the request is done, and that its response is not stored."""
-        if not self._is_marked:
+        if self._is_marked:
+            self.renew()
+        else:
             self._is_marked = True
             self._save(None)
 
     def _store(self) -> None:
         """Store the response, of which the body is complete."""
         if self._is_stored:
+            self.renew()
             return
         self._is_stored = True
         # What is longer or shorter than it claims to be is cut, and so would its replay be.
@@ -234,25 +222,18 @@ class Recording:
 
     def _save(self, body: bytes | None) -> None:
         assert self._status is not None
-        self._body = body
         headers = [(name, value) for name, value in self._headers if self._is_chosen(name.lower())]
+        self._run(self._row.store, Stored(self._status, headers, body))
+
+    def _run(self, write: Callable[..., None], *arguments: Stored) -> None:
+        assert self._status is not None
         try:
-            if not self._rows.store(self._claim, Stored(self._status, headers, body)):
-                # Nothing of this request may be committed, whatever the application catches.
-                current_scope().doom()
-                msg = (
-                    "another request took the Idempotency-Key after a rollback by the application"
-                )
-                raise Taken(msg)
-            self._transaction = self._rows.transaction()
+            write(*arguments)
         except SQLAlchemyError as error:
             # An error page often follows an error that has aborted the transaction.
             if self._status[:1] not in "45":
                 self.failure = error
                 raise
-        except Taken as error:
-            self.failure = error
-            raise
 
     def _is_chosen(self, name: str) -> bool:
         return name not in _NOT_STORED if self._chosen is None else name in self._chosen

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sqlalchemy import Connection, Table
-    from sqlalchemy.orm import Session, SessionTransaction, scoped_session
+    from sqlalchemy.orm import Session, scoped_session
 
 # The database refused this transaction, because of another one: a new one may succeed.
 _RACES = frozenset({"40001", "40P01", "1213", "1020"})
@@ -98,7 +98,7 @@ class Rows:
         :raises Problem: if another request is using the key.
         :raises RuntimeError: if the connection is at AUTOCOMMIT.
         """
-        session: Session = self._registry()
+        session = self.session()
         # A transaction that was begun before may hold work: it must not be rolled back here.
         begun = session.in_transaction()
         for tries_left in reversed(range(1 if begun else _TRIES)):
@@ -125,22 +125,23 @@ class Rows:
                 break
         raise in_progress()
 
-    def store(self, claim: Claim, stored: Stored) -> bool:
-        """Store the response in the key's row.
+    def store(self, session: Session, claim: Claim, stored: Stored | None) -> bool:
+        """Store the response in the key's row, or see to it that there is a row.
 
+        :param stored: None if the response is not known yet.
         :return: whether the key is still this request's, which it may not be if the application
             rolled back.
         """
-        session: Session = self._registry()
         table = self._table
+        response = {} if stored is None else stored.values()
         statement = (
             update(table)
             .where(table.c.id == claim.id, table.c.claim == claim.token)
-            .values(stored.values())
+            .values(claim=claim.token, **response)
         )
         try:
             updated = self._connect(session).execute(statement).rowcount
-            return bool(updated) or self._insert(session, claim, stored.values())
+            return bool(updated) or self._insert(session, claim, response)
         except IntegrityError:
             return False
         except DBAPIError as error:
@@ -148,10 +149,15 @@ class Rows:
                 return False
             raise
 
-    def transaction(self) -> SessionTransaction | None:
-        """Return the Session's transaction, if it has begun one."""
+    def session(self) -> Session:
+        """Return the scope's Session."""
         session: Session = self._registry()
-        return session.get_transaction()
+        return session
+
+    def owns(self, session: Any) -> bool:
+        """Return whether this is its scope's Session of the registry."""
+        found: Session | None = session.dbsession_scope.sessions.get(self._registry.registry)
+        return found is session
 
     def _connect(self, session: Session) -> Connection:
         # The clause is for a Session with several binds.

@@ -290,7 +290,7 @@ def test_the_tests_of_an_application_may_undo_it(
             assert not order(app).is_replayed
             assert order(app).is_replayed
             assert order(app, b"coffee").code == "key_reused"
-        assert [each.outcome for each in outcomes] == ["rollback", "commit", "commit", "rollback"]
+        assert [each.outcome for each in outcomes] == ["rollback", "commit", "commit", "commit"]
         assert (place.notes(), place.keys()) == ([], [])
 
 

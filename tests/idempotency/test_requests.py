@@ -6,16 +6,18 @@ import io
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy.orm import scoped_session, sessionmaker
 
 from tests.idempotency.shop import KEY, KEYS, Place, Shop, order, protect, user_of
 from wsgi_dbsession import SessionMiddleware, current_scope
 from wsgi_dbsession.idempotency import Idempotency
+from wsgi_dbsession.replica import read_only_engine, session_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
-    from sqlalchemy.orm import Session, scoped_session
+    from sqlalchemy.orm import Session
 
 
 def test_a_repeated_request_gets_the_stored_response(app: Any, shop: Shop, sqlite: Place) -> None:
@@ -436,3 +438,15 @@ def test_a_replay_runs_no_hooks(registry: scoped_session[Session]) -> None:
     order(app)
 
     assert mails == ["tea"]
+
+
+def test_a_request_that_only_reads_writes_its_key(sqlite: Place) -> None:
+    """``session_class(when=...)`` routes it to an engine that cannot, but for the key."""
+    engine = sqlite.engine()
+    routed = session_class(engine, read_only_engine(engine), when=lambda environ: True)
+    registry = scoped_session(sessionmaker(class_=routed), scopefunc=current_scope)
+    shop = Shop(registry)
+
+    assert order(protect(shop, registry)).status == "201 Created"
+    assert order(protect(shop, registry)).is_replayed
+    assert shop.calls == 1

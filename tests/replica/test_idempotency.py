@@ -9,13 +9,13 @@ from sqlalchemy import MetaData
 
 from tests.replica.application import Client, make_application
 from tests.replica.site import Site, behind
-from wsgi_dbsession import SessionMiddleware
+from wsgi_dbsession import SessionMiddleware, current_scope
 from wsgi_dbsession.idempotency import Idempotency, idempotency_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    from _typeshed.wsgi import WSGIApplication
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 pytestmark = pytest.mark.xdist_group("replica")
 
@@ -48,6 +48,29 @@ def test_a_client_that_lost_the_answer_reads_what_it_wrote(
 
         assert client.cookies
         assert client.get() == f"1 on {site.cluster.primary.port}"
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["a kept 401", "a stream"])
+def test_a_refusal_of_what_took_effect_brings_the_position(site: Site, kept: bool) -> None:
+    """Its status would roll back, but it tells that the first request was committed."""
+    metadata = MetaData()
+    keys = idempotency_table(metadata)
+    metadata.create_all(site.primary)
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if kept:
+            current_scope().keep()
+        start_response("401 Unauthorized" if kept else "201 Created", [])
+        return iter([b"a", b"b"]) if not kept else [b"wrong password"]
+
+    inner = Idempotency(app, site.registry, keys, principal=lambda _: "one")
+    wrapped = site.replicas.wrap(SessionMiddleware(inner, site.registry))
+    lost, client = Client(wrapped), Client(wrapped)
+    lost.send("POST", "/note", **KEY)
+    client.send("POST", "/note", **KEY)
+
+    assert client.cookies
+    metadata.drop_all(site.primary)
 
 
 def test_a_cookie_of_a_replayed_answer_does_not_bind_forever(

@@ -9,13 +9,14 @@ from sqlalchemy import Table
 from sqlalchemy.orm import scoped_session
 
 from wsgi_dbsession._middleware import SessionMiddleware
+from wsgi_dbsession._scope import current_scope
 
 from ._problem import Problem
 from ._record import HOP_BY_HOP, Recording, respond
 from ._replay import replay
 from ._request import fingerprint, identify, read_body, read_key
 from ._row import Row
-from ._rows import Claim, Rows
+from ._rows import Claim, Found, Rows
 from ._table import COLUMNS
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class Idempotency:
             return self.app(environ, start_response)
         try:
             claim = self._read(environ)
-            found = None if claim is None else self._rows.claim(claim)
+            found = None if claim is None else self._find(claim)
             if claim is not None and found is not None:
                 return replay(found, claim.fingerprint, start_response)
         except Problem as problem:
@@ -128,6 +129,19 @@ class Idempotency:
         row = Row(self._rows, claim)
         recording = Recording(start_response, row, self._max_response, self._headers)
         return respond(self.app, environ, recording)
+
+    def _find(self, claim: Claim) -> Found | None:
+        """Claim the key, see :meth:`Rows.claim`."""
+        scope = current_scope()
+        if scope.read_only is None:
+            scope.read_only = False  # the key is written, whatever the request does
+        begun = any(session.in_transaction() for session in scope.sessions.values())
+        found = self._rows.claim(claim)
+        if found is not None and not begun:
+            # The response may have a status that rolls back, but there is nothing to discard, and
+            # wsgi_dbsession.replica gives a position for a COMMIT only.
+            scope.keep()
+        return found
 
     def _read(self, environ: WSGIEnvironment) -> Claim | None:
         """Read the key, and the body that the application is to read again.

@@ -201,7 +201,7 @@ class Scope(Unit):
         """Note that the application closes a Session whose transaction is open."""
         if self._settling:
             return
-        wrote = has_written(session)
+        wrote = (session.dbsession_has_written or has_written)(session)
         if wrote:
             self._discarded = self._discarded or _refuse_discarded(calling_line())
         elif wrote is None:

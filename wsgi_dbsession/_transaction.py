@@ -33,6 +33,7 @@ class AdoptedSession(Session):
     dbsession_lines: ClassVar[set[str]]  # that closed one, and were named in a warning
     dbsession_scope: Any = None  # for which a registry made it
     dbsession_pid: int  # of the process that made it
+    dbsession_has_written: Any = None  # a function that answers for has_written() of a discard
     # Of the transaction that runs: the savepoints in which something was flushed, if it was, and
     # whether one was rolled back.
     dbsession_flushed: list[SessionTransaction] | None = None

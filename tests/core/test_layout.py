@@ -63,6 +63,7 @@ FLOORS = {
     "idempotency._replay": 11,
     "idempotency._middleware": 13,
     "idempotency._row": 11,
+    "idempotency._written": 9,
     "replica._position": 9,
     "replica._read_only": 9,
     "replica._routing": 9,

@@ -18,6 +18,7 @@ from wsgi_dbsession._scope import current_scope
 
 from ._problem import in_progress
 from ._table import now
+from ._written import Written
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -105,6 +106,8 @@ class Rows:
             timed_out = False
             try:
                 if self._insert(session, claim):
+                    if not begun:
+                        Written(session, self._connect(session), self._table)
                     return None
                 row = self._find(session, claim)
             except IntegrityError:

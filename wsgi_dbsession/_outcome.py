@@ -187,7 +187,7 @@ class Unit(Observed):
             self._roll_back(error, reason)
 
     def _commit(self, reason: Reason, final: bool) -> None:
-        commit = Commit(self._in_order, final=final)
+        commit = Commit(self.sessions, final=final)
         try:
             if self._discarded:
                 raise self._discarded
@@ -197,13 +197,6 @@ class Unit(Observed):
             self._fail(failure, *commit.explain(failure))
             raise
         self._conclude("commit", reason)
-
-    def _in_order(self) -> list[Session]:
-        """Return the Sessions in the order in which their registries were adopted."""
-        found: dict[Any, Session] = self.sessions
-        if len(found) == 1:
-            return list(found.values())
-        return [found[each] for each in sorted(found, key=lambda each: each.number)]
 
     def _fail(self, failure: BaseException, truth: Truth, explanation: str) -> None:
         self.outcome, self.reason = _OUTCOMES[truth], truth

@@ -16,7 +16,7 @@ from . import _driver, _spoiled
 from ._report import log
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import TypeAlias
 
     from sqlalchemy import Connection
@@ -123,8 +123,7 @@ class Commit:
     ones are committed, then the prepared ones. A transaction that was begun is committed, though
     nothing seems to have changed: textual SQL leaves no trace.
 
-    :param sessions: returns them in the order in which they are to be committed. A listener of
-        the flush may begin another one.
+    :param sessions: by that which keeps them, whose ``number`` gives their order.
     :param final: whether the scope ends with it, so that objects are not expired: reading an
         attribute afterwards begins no transaction.
     """
@@ -136,7 +135,7 @@ class Commit:
     _prepared: tuple[tuple[Session, Transactions], ...] = ()
     _doubtful: tuple[str, ...] = ()  # of which it is open what becomes
 
-    def __init__(self, sessions: Callable[[], list[Session]], *, final: bool = False) -> None:
+    def __init__(self, sessions: Mapping[Any, Session], *, final: bool = False) -> None:
         self._sessions = sessions
         self._final = final
 
@@ -174,14 +173,20 @@ class Commit:
             raise failure
 
     def _flush(self) -> list[Session]:
+        sessions = self._sessions
         flushed: list[Session] = []
-        while found := [
-            each for each in self._sessions() if each not in flushed and is_begun(each)
-        ]:
-            for session in found:
-                session.flush()
-            flushed += found
-        return [each for each in self._sessions() if each in flushed]
+        again = True
+        while again:
+            again = False
+            for session in list(sessions.values()):
+                if session not in flushed and is_begun(session):
+                    session.flush()
+                    flushed.append(session)
+                    again = len(sessions) > 1  # a listener may have begun another one
+        if len(sessions) == 1:
+            return flushed
+        ordered = sorted(sessions, key=lambda each: each.number)
+        return [sessions[each] for each in ordered if sessions[each] in flushed]
 
     def _prepare(self, session: Session, found: Transactions) -> None:
         # prepare() refuses an open savepoint, where commit() releases it with the rest.
@@ -233,7 +238,7 @@ class Commit:
         if self._doubtful or _leaves_open(failure):
             why = "connection lost during COMMIT, " if _leaves_open(failure) else ""
             return "unknown", f"{why}outcome unknown{prepared}"
-        if any(map(is_autocommit, self._sessions())):
+        if any(map(is_autocommit, self._sessions.values())):
             return "rolled back", "commit failed, but AUTOCOMMIT keeps what was written"
         return "rolled back", "commit failed, rolled back"
 

@@ -225,9 +225,12 @@ def _run_no_hooks() -> None:
 
 def _commit_first_session() -> None:
     commit: Any = Commit
-    _replace(
-        _outcome, "Commit", lambda sessions, final: commit(lambda: sessions()[:1], final=final)
-    )
+
+    def commit_first(sessions: dict[Any, Session], *, final: bool) -> Commit:
+        first: Commit = commit(dict(list(sessions.items())[:1]), final=final)
+        return first
+
+    _replace(_outcome, "Commit", commit_first)
 
 
 def _undo_inner_blocks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -338,6 +339,33 @@ def test_an_error_page_of_a_framework_gets_through(work: Any, place: Place) -> N
     reply = order(app)
 
     assert (reply.status, reply.body) == ("500 Internal Server Error", b"caught")
+    assert (place.notes(), place.keys()) == (["first"], [])
+
+
+@pytest.mark.parametrize("status", ["201 Created", "500 Internal Server Error"])
+def test_a_flush_that_failed_before_write_is_an_error(status: str, place: Place) -> None:
+    """The application catches what ``write()`` raises, too; an error page gets through."""
+    registry = place.registry()
+    with session_scope(registry):
+        registry.add(Note(id=1, text="first"))
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        with contextlib.suppress(SQLAlchemyError):
+            fail_in_a_flush(registry)
+        write = start_response(status, [("Content-Length", "6")])
+        with contextlib.suppress(SQLAlchemyError):
+            for block in (b"so", b"so", b"so"):
+                write(block)
+        return []
+
+    protected = protect(app, registry)
+
+    if status == "201 Created":
+        with pytest.raises(PendingRollbackError):
+            order(protected)
+    else:
+        reply = order(protected)
+        assert (reply.status, reply.body) == (status, b"sososo")
     assert (place.notes(), place.keys()) == (["first"], [])
 
 

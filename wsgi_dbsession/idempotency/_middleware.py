@@ -133,8 +133,7 @@ class Idempotency:
     def _find(self, claim: Claim) -> Found | None:
         """Claim the key, see :meth:`Rows.claim`."""
         scope = current_scope()
-        if scope.read_only is None:
-            scope.read_only = False  # the key is written, whatever the request does
+        scope.read_only = False  # the key is written, whatever the request does
         begun = any(session.in_transaction() for session in scope.sessions.values())
         found = self._rows.claim(claim)
         if found is not None and not begun:

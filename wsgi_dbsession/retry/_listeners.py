@@ -58,10 +58,10 @@ def _on_checkout(_: object, __: ConnectionPoolEntry, proxy: Any) -> None:
 
 
 def _on_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-    if not is_read_only(connection):
-        _watch(connection.dialect)
-    elif not (connection.closed or connection.invalidated):
+    if is_read_only(connection):
         _reading.add(connection.connection)
+    else:
+        _watch(connection.dialect)
     for attempt in attempts():
         attempt.begin(session, transaction, connection)
 

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine, event
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import InvalidRequestError, PendingRollbackError
 
 from ._driver import (
     CHANGES,
@@ -38,12 +38,15 @@ def spoil(connection: Connection, error: BaseException) -> None:
     if transaction is not None:
         # On what ends with the request: an error refers to all that ran.
         connection.dbsession_spoiled = transaction, error  # type: ignore[attr-defined]
-        for name in ("commit", "prepare_twophase"):  # the application's own too
-            if not event.contains(connection, name, _on_commit):
-                event.listen(connection, name, _on_commit)
+        # The connections of isolate() ask by themselves: SQLAlchemy 2.0 refuses to listen to them.
+        with contextlib.suppress(InvalidRequestError):
+            for name in ("commit", "prepare_twophase"):  # the application's own too
+                if not event.contains(connection, name, check_commit):
+                    event.listen(connection, name, check_commit)
 
 
-def _on_commit(connection: Connection, *_: object) -> None:
+def check_commit(connection: Connection, *_: object) -> None:
+    """Raise if a transaction in a scope, also the application's own, cannot be committed."""
     if active_step() is not None:  # else it is not the package's business
         error = refusal(connection, driver_of(connection))
         if error is not None:

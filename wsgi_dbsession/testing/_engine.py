@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, event
 from sqlalchemy.engine.base import OptionEngine
 
+from wsgi_dbsession._spoiled import check_commit
+
 from ._savepoints import IsolatedTransaction
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ class IsolatedConnection(Connection):
         self.shared.begin(self.isolated)
 
     def _commit_impl(self) -> None:
+        check_commit(self)
         self.dispatch.commit(self)
         self.shared.commit(self.isolated, prepared=False)
 
@@ -108,6 +111,7 @@ class IsolatedConnection(Connection):
         self.shared.rollback(self.isolated)
 
     def _prepare_twophase_impl(self, xid: Any) -> None:
+        check_commit(self)
         self.dispatch.prepare_twophase(self, xid)
         self.shared.prepare(self.isolated)
 

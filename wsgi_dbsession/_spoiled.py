@@ -41,13 +41,12 @@ def spoil(connection: Connection, error: BaseException) -> None:
         # The connections of isolate() ask by themselves: SQLAlchemy 2.0 refuses to listen to them.
         with contextlib.suppress(InvalidRequestError):
             for name in ("commit", "prepare_twophase"):  # the application's own too
-                if not event.contains(connection, name, check_commit):
-                    event.listen(connection, name, check_commit)
+                event.listen(connection, name, check_commit)
 
 
 def check_commit(connection: Connection, *_: object) -> None:
-    """Raise if a transaction in a scope, also the application's own, cannot be committed."""
-    if active_step() is not None:  # else it is not the package's business
+    """Raise if the transaction cannot be committed any more, whoever commits it."""
+    if active_step() is not None:  # outside of scopes a Session is plain SQLAlchemy
         error = refusal(connection, driver_of(connection))
         if error is not None:
             raise error

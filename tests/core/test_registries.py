@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from tests.support.models import Note
 from tests.support.wsgi import BODIES, Program, make_registry
 from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
+from wsgi_dbsession._transaction import AdoptedSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,6 +111,33 @@ def test_a_session_of_the_applications_own_making_is_committed(
         session = sqlite_registry.session_factory()
         session.add(Note(text="a"))
         sqlite_registry.registry.set(session)
+
+    assert sqlite_database.notes() == ["a"]
+
+
+class Raced(sessionmaker[Session]):
+    """Another thread adopts its registry after each but the last look at its class."""
+
+    kinds: list[type[Session]]
+
+    @property
+    def class_(self) -> Any:
+        return self.kinds.pop(0) if len(self.kinds) > 1 else self.kinds[0]
+
+    @class_.setter
+    def class_(self, kind: Any) -> None:
+        self.kinds = [kind]
+
+
+def test_another_thread_adopts_the_registry_meanwhile(sqlite_database: Database) -> None:
+    """No Session class is derived from ``AdoptedSession`` twice."""
+    factory = Raced(sqlite_database.engine)
+    plain = factory.class_
+    factory.kinds = [plain, type("Session", (AdoptedSession, plain), {"dbsession_lines": set()})]
+    registry = scoped_session(factory, scopefunc=current_scope)
+
+    with session_scope(registry):
+        registry.add(Note(text="a"))
 
     assert sqlite_database.notes() == ["a"]
 

@@ -89,13 +89,18 @@ def test_an_engine_bound_meanwhile_stays(database: Database, registry: Registry)
     assert database.notes() == []
 
 
-def test_a_session_from_before_is_refused(database: Database, registry: Registry) -> None:
-    """It would work on a connection of its own, and commit."""
+def flush_past_the_isolation(registry: Registry) -> None:
+    """Use a Session that is older than the isolation, which is refused."""
     with pytest.raises(RuntimeError, match="past the isolation"), session_scope(registry):
         registry()
         with isolate(registry):
             registry.add(Note(text="outside"))
             registry.flush()
+
+
+def test_a_session_from_before_is_refused(database: Database, registry: Registry) -> None:
+    """It would work on a connection of its own, and commit."""
+    flush_past_the_isolation(registry)
     assert database.notes() == []
 
 
@@ -106,12 +111,7 @@ def test_a_session_that_chooses_its_engine_is_refused_from_before(database: Data
         def get_bind(self, *arguments: Any, **options: Any) -> Engine:
             return database.engine
 
-    registry = make_registry(None, class_=Choosing)
-    with pytest.raises(RuntimeError, match="past the isolation"), session_scope(registry):
-        registry()
-        with isolate(registry):
-            registry.add(Note(text="outside"))
-            registry.flush()
+    flush_past_the_isolation(make_registry(None, class_=Choosing))
     assert database.notes() == []
 
 

@@ -10,6 +10,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from tests.support.postgres import DRIVERS
 from tests.support.wsgi import ask, make_registry
 from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
 from wsgi_dbsession._driver import READ_ONLY
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+    from tests.support.models import Database
 
 
 class RoutedSession(Session):
@@ -92,6 +95,25 @@ def test_a_refused_write_keeps_the_scope_from_committing(
         spoil(registry.connection(), ValueError("mine"))
 
     assert "commit failed, rolled back" in caplog.text
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_refused_write_on_postgresql_keeps_the_scope_from_committing(
+    postgres_database: Database, driver: str
+) -> None:
+    """At AUTOCOMMIT nothing is aborted, so the driver's state does not show it."""
+    engine = create_engine(
+        postgres_database.url.set(drivername=f"postgresql+{driver}"),
+        isolation_level="AUTOCOMMIT",
+        execution_options={READ_ONLY: True},
+    )
+    routed = make_registry(engine, class_=RoutedSession)
+
+    with pytest.raises(PendingRollbackError, match="mine"), session_scope(routed):
+        routed.execute(text("SELECT 1"))
+        spoil(routed.connection(), ValueError("mine"))
+
+    engine.dispose()
 
 
 def test_a_refused_write_cannot_be_discarded(registry: scoped_session[Session]) -> None:

@@ -98,6 +98,19 @@ def test_a_first_commit_that_fails_rolls_all_back(
     assert other_postgres_database.notes() == []
 
 
+def test_registries_are_committed_in_the_order_of_their_adoption(
+    two: tuple[Registry, Registry], other_postgres_database: Database
+) -> None:
+    """The application may use them in another one."""
+    first, second = two
+    with pytest.raises(IntegrityError), session_scope(first, second) as scope:
+        second.add(Note(text="a"))
+        first.add(Book(author_id=7))  # its commit fails, and comes first
+
+    assert scope.reason == "rolled back"
+    assert other_postgres_database.notes() == []
+
+
 def test_a_later_commit_that_fails_cannot_take_back_an_earlier_one(
     two: tuple[Registry, Registry], postgres_database: Database, other_postgres_database: Database
 ) -> None:

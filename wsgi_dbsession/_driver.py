@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sqlalchemy import Connection, Engine
-    from sqlalchemy.engine import Transaction
     from sqlalchemy.pool import ConnectionPoolEntry
 
 READ_ONLY = "wsgi_dbsession_read_only"
@@ -162,9 +161,7 @@ def has_written(connection: Connection, *, undone: bool = False) -> bool | None:
         return bool(own())
     if is_autocommit(connection):
         # It keeps what was written; but what a read-only one has refused would be lost.
-        return not connection.invalidated and bool(
-            spoiler(connection, connection.get_transaction())
-        )
+        return not connection.invalidated and bool(spoiler(connection))
     if connection.closed or connection.invalidated or driver_of(connection) is None:
         return None  # and has been rolled back
     if not connection.in_transaction():
@@ -215,13 +212,10 @@ def ask(connection: Connection, statement: str) -> Any:
         raise
 
 
-def spoiler(connection: Connection, transaction: Transaction | None) -> BaseException | None:
-    """Return the error with which the database ended or aborted a transaction by itself.
-
-    :param connection: its connection, which may be closed.
-    """
+def spoiler(connection: Connection) -> BaseException | None:
+    """Return the error with which the database ended or aborted the transaction by itself."""
     spoiled, error = getattr(connection, "dbsession_spoiled", (None, None))
-    return error if transaction is not None and spoiled is transaction else None
+    return None if spoiled is None or spoiled is not connection.get_transaction() else error
 
 
 def passed_through(error: BaseException, *prefixes: str) -> bool:

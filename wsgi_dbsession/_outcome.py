@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ._hooks import Hook
     from ._observed import Outcome, Reason
-    from ._transaction import Truth
+    from ._transaction import AdoptedSession, Truth
 
 # RFC 9110, section 9.2.1: a request with one of these methods is not meant to write.
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
@@ -64,11 +64,14 @@ class Unit(Observed):
     None if you have not set it. It counts for the transactions that begin afterwards.
     """
 
-    sessions: dict[ScopedRegistry[Session], Session]
+    sessions: dict[ScopedRegistry[Session], AdoptedSession]
     """The Sessions that were asked for, by the registry that keeps them here."""
 
     context: Context | None
-    """That in which the application last asked for a Session: the outcome runs in it."""
+    """That in which the application last asked for a Session: the outcome runs in it.
+
+    None if there is nothing that the last outcome has not covered.
+    """
 
     def __init__(
         self,
@@ -97,11 +100,12 @@ class Unit(Observed):
 
     def undecided(self) -> bool:
         """Return whether there is something that no outcome has covered yet."""
-        if self._hooks or self._discarded:
-            return True
-        if self.context is None:  # no Session was asked for
+        if self.context is None:
             return False
-        if self.outcome is None:
+        return self.outcome is None or self._has_begun()
+
+    def _has_begun(self) -> bool:
+        if self._hooks or self._discarded:
             return True
         for session in self.sessions.values():  # noqa: SIM110 - any() costs two calls more
             if is_begun(session):
@@ -158,13 +162,13 @@ class Unit(Observed):
                 elif self.outcome != "commit":
                     break
                 # A listener, or a hook that was interrupted: what the others began counts.
-            if not self.undecided():
+            if not self._has_begun():
                 break
             if again and self.outcome == "rollback" and not self._hooks:
                 break  # begun by a listener of each rollback
         else:
             failure = failure or RuntimeError(_ENDLESS)
-        self.releases = releases
+        self.releases, self.context = releases, None
         if failure is not None:
             raise failure
 

@@ -50,8 +50,8 @@ class SessionRegistry(ScopedRegistry[Session]):
         session = scope.sessions.get(self)
         if session is None:
             forget_inherited()
-            session = self.createfunc()
-            self.store(scope, session)
+            made: Any = self.createfunc()  # adoption has made its class an AdoptedSession
+            self.store(scope, session := made)
         return session
 
     def has(self) -> bool:
@@ -60,8 +60,14 @@ class SessionRegistry(ScopedRegistry[Session]):
         return scope is not None and self in scope.sessions
 
     def set(self, obj: Session) -> None:
-        """Make this the scope's Session."""
+        """Make this the scope's Session.
+
+        :raises TypeError: it was not made by the registry's factory.
+        """
         scope = current_scope()
+        if not isinstance(obj, AdoptedSession):
+            msg = f"registry.set() must be given a Session of its factory, got {obj!r}"
+            raise TypeError(f"{msg}. Make it by `Session.session_factory(...)`")
         scope.context = copy_context()
         self.clear()
         self.store(scope, obj)
@@ -74,10 +80,10 @@ class SessionRegistry(ScopedRegistry[Session]):
             session.close()  # a Session that is forgotten is not to keep its connection
             scope.sessions.pop(self, None)
 
-    def store(self, scope: Scope, session: Session) -> None:
+    def store(self, scope: Scope, session: AdoptedSession) -> None:
         """Keep a Session on the scope."""
-        session.dbsession_scope = scope  # type: ignore[attr-defined]
-        session.dbsession_pid = os.getpid()  # type: ignore[attr-defined]
+        session.dbsession_scope = scope
+        session.dbsession_pid = os.getpid()
         scope.sessions[self] = session
         if scope.releases:
             scope.releases[0].guard(session)
@@ -149,22 +155,22 @@ def _adopt(registry: scoped_session[Any]) -> SessionRegistry:
 
 
 def _after_begin(session: AdoptedSession, transaction: SessionTransaction) -> None:
-    """Look after a Session that was closed, and that the application has kept."""
+    """Tell the scope of a Session, also if the application has closed and kept it."""
     own = session.dbsession_scope
-    if own is None or (session in own.sessions.values() and own.in_step):
+    if own is None:
         return
-    scope = find_scope()
-    if scope is None:
-        return
-    if own in scopes():  # Session.remove() has closed it
-        SessionRegistry(sessionmaker()).store(own, session)
-        return
-    transaction.close()  # or the next statement would not begin one, and pass
-    msg = (
-        f"{scope.name}: nothing would commit a Session that was kept from another scope. "
-        "Keep the scoped_session, and not what `Session()` returns"
-    )
-    raise RuntimeError(msg)
+    if not own.in_step or session not in own.sessions.values():
+        scope = find_scope()
+        if scope is not None and own not in scopes():
+            transaction.close()  # or the next statement would not begin one, and pass
+            msg = (
+                f"{scope.name}: nothing would commit a Session that was kept from another scope. "
+                "Keep the scoped_session, and not what `Session()` returns"
+            )
+            raise RuntimeError(msg)
+        if scope is not None:  # Session.remove() has closed it
+            SessionRegistry(sessionmaker()).store(own, session)
+    own.context = own.context or copy_context()
 
 
 def _after_commit(session: AdoptedSession) -> None:

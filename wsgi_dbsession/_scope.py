@@ -165,6 +165,7 @@ class Scope(Unit):
             each for session in self.sessions.values() for each in open_savepoints(session)
         ]
         context = self.own(copy_context())
+        self.context = self.context or context.copy()  # no context can be entered twice
         self._hooks += (Hook(outcome, hook, arguments, context, tuple(savepoints)),)
 
     def drop_hooks(self, savepoint: SessionTransaction) -> None:

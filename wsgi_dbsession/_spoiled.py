@@ -46,10 +46,9 @@ def spoil(connection: Connection, error: BaseException) -> None:
 
 def check_commit(connection: Connection, *_: object) -> None:
     """Raise if the transaction cannot be committed any more, whoever commits it."""
-    if active_step() is not None:  # outside of scopes a Session is plain SQLAlchemy
-        error = refusal(connection, driver_of(connection))
-        if error is not None:
-            raise error
+    # Outside of scopes a Session is plain SQLAlchemy.
+    if active_step() is not None and (error := refusal(connection, driver_of(connection))):
+        raise error
 
 
 def refusal(connection: Connection, driver: Any) -> PendingRollbackError | None:
@@ -59,7 +58,7 @@ def refusal(connection: Connection, driver: Any) -> PendingRollbackError | None:
     not report it: an error that the application caught would turn into a success that saved
     nothing. After a deadlock, MariaDB has rolled back and begun anew.
     """
-    error, aborted = spoiler(connection, connection.get_transaction()), is_aborted(driver)
+    error, aborted = spoiler(connection), is_aborted(driver)
     # The application's own ROLLBACK TO SAVEPOINT may have revived it.
     is_alive = error is None or (aborted is False and not is_autocommit(connection))
     return None if is_alive and not aborted else explain_refusal(error)

@@ -132,10 +132,10 @@ class Commit:
     _committed = 0
     _late: BaseException | None = None  # out of an after_commit listener
     _failed: Transactions = ()  # of the Session whose COMMIT was the last
-    _prepared: tuple[tuple[Session, Transactions], ...] = ()
+    _prepared: tuple[tuple[AdoptedSession, Transactions], ...] = ()
     _doubtful: tuple[str, ...] = ()  # of which it is open what becomes
 
-    def __init__(self, sessions: Mapping[Any, Session], *, final: bool = False) -> None:
+    def __init__(self, sessions: Mapping[Any, AdoptedSession], *, final: bool = False) -> None:
         self._sessions = sessions
         self._final = final
 
@@ -172,9 +172,9 @@ class Commit:
         if failure is not None:
             raise failure
 
-    def _flush(self) -> list[Session]:
+    def _flush(self) -> list[AdoptedSession]:
         sessions = self._sessions
-        flushed: list[Session] = []
+        flushed: list[AdoptedSession] = []
         again = True
         while again:
             again = False
@@ -188,7 +188,7 @@ class Commit:
         ordered = sorted(sessions, key=lambda each: each.number)
         return [sessions[each] for each in ordered if sessions[each] in flushed]
 
-    def _prepare(self, session: Session, found: Transactions) -> None:
+    def _prepare(self, session: AdoptedSession, found: Transactions) -> None:
         # prepare() refuses an open savepoint, where commit() releases it with the rest.
         while (savepoint := session.get_nested_transaction()) is not None:
             savepoint.commit()
@@ -201,23 +201,22 @@ class Commit:
             raise
         self._prepared += ((session, found),)
 
-    def _commit(self, session: Session, found: Transactions) -> None:
+    def _commit(self, session: AdoptedSession, found: Transactions) -> None:
         self._failed = found
         expires = session.expire_on_commit
         if self._final:
             session.expire_on_commit = False
-        # A plain Session, in a script, has no such attribute.
-        session.dbsession_committed = False  # type: ignore[attr-defined]
+        session.dbsession_committed = False
         try:
             session.commit()
         except BaseException as error:
-            if not session.dbsession_committed:  # type: ignore[attr-defined]
+            if not session.dbsession_committed:
                 raise
             self._late = self._late or error
             undo(session, "close")  # SQLAlchemy leaves its transaction half-way
         finally:
             session.expire_on_commit = expires
-        if isinstance(session, AdoptedSession) and not session.dbsession_committed:
+        if not session.dbsession_committed:
             msg = f"{type(session).__name__}.commit() has returned, but has not committed"
             raise RuntimeError(msg)
         self._committed += 1
@@ -246,6 +245,7 @@ class Commit:
 def _refuse_spoiled(session: Session) -> Transactions:
     """Raise if the transaction cannot be committed any more, before others are committed."""
     found = connections(session)
+    is_open = False
     for connection, _ in found:
         driver = connection.connection.dbapi_connection  # raises if it was invalidated
         if driver is None:
@@ -254,9 +254,12 @@ def _refuse_spoiled(session: Session) -> Transactions:
                 "Remove that line: the Session gives the connection back to its pool"
             )
             raise exc.ResourceClosedError(msg)
-        if connection.in_transaction() and (error := _spoiled.refusal(connection, driver)):
-            raise error
-    if not session.is_active:
+        if connection.in_transaction():
+            is_open = True
+            if error := _spoiled.refusal(connection, driver):
+                raise error
+    # A flush that fails rolls back all of them, or to a savepoint. The Session's answer is slow.
+    if (not is_open or session.in_nested_transaction()) and not session.is_active:
         raise _spoiled.explain_refusal()
     return found
 

@@ -6,14 +6,16 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import create_engine, text
-from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy import create_engine, insert, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session
 
 from tests.support.models import Database, Note
 from wsgi_dbsession import session_scope
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     Registry = scoped_session[Session]
 
 pytestmark = pytest.mark.promise("aborted")
@@ -153,3 +155,21 @@ def test_a_connection_that_the_application_gave_up_is_not_asked(
     with pytest.raises(PendingRollbackError, match="invalid"), session_scope(postgres_registry):
         postgres_registry.execute(text("SELECT 1"))
         postgres_registry.connection().invalidate()
+
+
+@pytest.mark.parametrize("begin", [lambda _: None, lambda session: session.begin_nested()])
+def test_a_flush_that_failed_is_refused_with_the_fix(
+    sqlite_registry: Registry, sqlite_database: Database, begin: Callable[[Session], object]
+) -> None:
+    """SQLAlchemy's advice, Session.rollback(), would discard the rest of the request."""
+    with (
+        pytest.raises(PendingRollbackError, match=r"with Session\.begin_nested"),
+        session_scope(sqlite_registry),
+    ):
+        sqlite_registry.execute(insert(Note).values(id=1, text="a"))
+        begin(sqlite_registry())
+        sqlite_registry.add(Note(id=1, text="b"))
+        with contextlib.suppress(IntegrityError):
+            sqlite_registry.flush()
+
+    assert sqlite_database.notes() == []

@@ -266,7 +266,7 @@ def test_a_session_that_its_ending_scope_has_closed_is_refused(
 ) -> None:
     """The scope ends between two lines of the thread that makes the Session, and has seen it."""
 
-    class Ending(dict[Any, Session]):
+    class Ending(dict[Any, Any]):
         def __setitem__(self, registry: Any, session: Session) -> None:
             super().__setitem__(registry, session)
             scope.in_step = False

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import insert, select
 
 from tests.support.models import Database, Note
-from tests.support.wsgi import ask, assert_nothing_left, drive, make_environ
+from tests.support.wsgi import BODIES, Program, ask, assert_nothing_left, drive, make_environ
 from wsgi_dbsession import SessionMiddleware, session_scope
 
 if TYPE_CHECKING:
@@ -278,3 +278,37 @@ def test_a_stream_reads_by_a_session_that_a_teardown_removed(
 
     assert server.body == b"a"
     assert_nothing_left(sqlite_registry)
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_session_that_is_kept_for_the_stream_is_committed(
+    sqlite_database: Database, sqlite_registry: Registry, use: Callable[[Session], None]
+) -> None:
+    """Though no registry is asked for it after the outcome."""
+    kept: list[Session] = []
+    program = Program(lambda: kept.append(sqlite_registry()), lambda: use(kept[0]), kept.clear)
+    app = BODIES["unsized generator"](program)
+
+    drive(SessionMiddleware(app, sqlite_registry, commit_on="headers"))
+
+    assert sqlite_database.notes() == ([] if use is read else ["a"])
+    assert_nothing_left(sqlite_registry)
+
+
+def test_an_object_that_is_kept_for_the_stream_is_committed(
+    sqlite_database: Database, sqlite_registry: Registry
+) -> None:
+    """An attribute begins a transaction too."""
+    notes: list[Note] = []
+
+    def early() -> None:
+        notes.append(Note(text="a"))
+        sqlite_registry.add(notes[0])
+
+    def late() -> None:
+        notes.pop().text = "b"
+
+    app = BODIES["unsized generator"](Program(early, late))
+    drive(SessionMiddleware(app, sqlite_registry, commit_on="headers"))
+
+    assert sqlite_database.notes() == ["b"]

@@ -115,6 +115,20 @@ def test_a_session_of_the_applications_own_making_is_committed(
     assert sqlite_database.notes() == ["a"]
 
 
+def test_a_session_of_another_factory_is_refused(
+    sqlite_database: Database, sqlite_registry: scoped_session[Session]
+) -> None:
+    """What it loses, it would not report."""
+    with (
+        Session(sqlite_database.engine) as session,
+        pytest.raises(
+            TypeError, match=r"a Session of its factory, got .*Session\.session_factory"
+        ),
+        session_scope(sqlite_registry),
+    ):
+        sqlite_registry.registry.set(session)
+
+
 class Raced(sessionmaker[Session]):
     """Another thread adopts its registry after each but the last look at its class."""
 

@@ -64,7 +64,7 @@ class session_scope:  # noqa: N801 - used like contextlib's context managers
         scope = Scope(None, observers_of(self._adopted), self._name or "session_scope")
         scope.read_only = self._read_only
         if scope.observers:
-            scope.tell("opened")
+            scope.notify("opened")
         try:
             self._scope = scope
             scope.enter_block()
@@ -86,7 +86,7 @@ class session_scope:  # noqa: N801 - used like contextlib's context managers
         finally:
             scope, self._scope = self._scope, None
             if scope is not None:  # pragma: no branch - else the assertion fails
-                scope.close_sessions()  # an interruption may have come before
+                scope.close_sessions()  # an interruption may have skipped it
                 scope.leave_block(error)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:

@@ -1,6 +1,6 @@
-"""What a driver, or an error of it, tells about a transaction.
+"""What drivers and their errors reveal about a transaction.
 
-SQLAlchemy has no common question for these, so each driver is asked in its own way, here only.
+SQLAlchemy has no common API for it, so what differs between the drivers is here, and only here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _INNODB = "SHOW ENGINE INNODB STATUS"
 
 
 def codes(error: BaseException) -> Iterator[str]:
-    """Return the codes of a database error, in the ways in which the drivers show them.
+    """Return the codes of a database error, wherever its driver keeps them.
 
     :param error: an exception of SQLAlchemy, or of the driver.
     """
@@ -59,7 +59,7 @@ def codes(error: BaseException) -> Iterator[str]:
         code = getattr(original, name, None)
         if isinstance(code, str):
             yield code
-    # PEP 249's name tells a database error from, say, an OSError, which has a number too.
+    # PEP 249 gives the class of database errors its name. An OSError has a number too.
     if not original.args or "DatabaseError" not in _names(original):
         return
     first = original.args[0]
@@ -74,7 +74,7 @@ def codes(error: BaseException) -> Iterator[str]:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Return whether this error of a COMMIT is the database's answer, and the answer is no."""
+    """Return whether this error of a COMMIT is the database's answer, and not a lost one."""
     return (
         isinstance(error, DBAPIError)
         and not error.connection_invalidated
@@ -87,12 +87,12 @@ def _leaves_open(error: BaseException) -> bool:
 
 
 def is_aborted(driver: Any) -> bool | None:
-    """Return whether PostgreSQL has aborted the transaction, and takes nothing but a rollback.
+    """Return whether PostgreSQL has aborted the transaction, and accepts only a rollback.
 
     Whatever speaks its protocol does the same, under any dialect's name.
 
     :param driver: the driver's connection.
-    :return: None if it is another one.
+    :return: None if the driver does not show it.
     """
     pgconn = getattr(driver, "pgconn", None)  # psycopg; its `info` is much slower
     if pgconn is None:
@@ -117,8 +117,8 @@ def is_autocommit(connection: Connection) -> bool:
     if connection.closed or connection.invalidated:
         return False
     driver = driver_of(connection)
-    # With isolation_level=None, sqlite3 begins no transaction, but SQLAlchemy's recipe has a
-    # listener that does.
+    # With isolation_level=None, sqlite3 does not begin a transaction, but the listener of
+    # SQLAlchemy's recipe does.
     return autocommits(driver) or (
         hasattr(driver, "total_changes")
         and getattr(driver, "isolation_level", "") is None
@@ -129,7 +129,7 @@ def is_autocommit(connection: Connection) -> bool:
 
 
 def autocommits(driver: Any) -> bool:
-    """Return whether the driver was told to commit each statement, by whomever."""
+    """Return whether the driver is in autocommit mode, whatever SQLAlchemy assumes."""
     try:
         ask = getattr(driver, "get_autocommit", None)
         if ask is not None:  # PyMySQL, mysqlclient
@@ -160,20 +160,20 @@ def has_written(connection: Connection, *, undone: bool = False) -> bool | None:
     if own is not None:
         return bool(own())
     if is_autocommit(connection):
-        # It keeps what was written; but what a read-only one has refused would be lost.
+        # What was written is kept, but what a read-only server has refused is lost.
         return not connection.invalidated and bool(spoiler(connection))
     if connection.closed or connection.invalidated or driver_of(connection) is None:
         return None  # and has been rolled back
     if not connection.in_transaction():
         return False
     driver = driver_of(connection)
-    counted = None if undone else True  # what was taken back is counted further on
+    counted = None if undone else True  # the counts include what was rolled back
     if hasattr(driver, "total_changes"):  # SQLite
         changes = connection.info.get(CHANGES)
         return bool(driver.in_transaction and driver.total_changes != changes) and counted
     names, dialect = dialect_names(connection), connection.dialect
     try:
-        # An older server, and what pretends to be one, has no such function: to ask for it would
+        # An older server, or one that claims to be, has no such function, and calling it would
         # abort the transaction.
         version: Any = dialect.server_version_info or ()
         if "PGDialect" in names and version >= (13,) and not is_aborted(driver):
@@ -184,7 +184,7 @@ def has_written(connection: Connection, *, undone: bool = False) -> bool | None:
         if "MySQLDialect" in names:
             return _has_written_innodb(connection) and counted
     except dialect.loaded_dbapi.Error as error:
-        # The connection is lost, and no error has said so yet: COMMIT would have failed.
+        # The connection is lost, and no statement has reported it: COMMIT would have failed.
         if _leaves_open(error) or dialect.is_disconnect(error, driver, None):
             return True
     return None
@@ -201,7 +201,7 @@ def _has_written_innodb(connection: Connection) -> bool | None:
 
 
 def ask(connection: Connection, statement: str) -> Any:
-    # The driver's own cursor: no listener of the application is to notice this.
+    # The driver's own cursor: no listener of the application must notice this.
     try:
         with contextlib.closing(driver_of(connection).cursor()) as cursor:
             cursor.execute(statement)
@@ -237,20 +237,20 @@ def _names(instance: object) -> list[str]:
 
 
 def dialect_names(connection: Connection) -> list[str]:
-    # CockroachDB's dialect is a PGDialect, MariaDB's a MySQLDialect. No import of either.
+    # CockroachDB's dialect is a PGDialect, MariaDB's a MySQLDialect. Names need no import.
     return _names(connection.dialect)
 
 
 def _on_checkout(driver: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
-    """Remember how much this connection of SQLite has ever written."""
+    """Store how many rows this connection of SQLite has changed so far."""
     changes = getattr(driver, "total_changes", None)
     if changes is None:
         return
-    # A StaticPool gives the same one out twice, in the midst of a transaction.
+    # A StaticPool checks the same connection out twice, even in mid-transaction.
     if driver.in_transaction:
         if getattr(driver, "autocommit", None) is not False:
             return
-        # With this, which is new in Python 3.12, sqlite3 is in a transaction always.
+        # With this setting, new in Python 3.12, sqlite3 is always in a transaction.
         user = record.info.get(_USER)
         if user is not None and (other := user()) is not None and other.is_valid:
             return

@@ -24,8 +24,8 @@ _records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
 _pid = _imported = os.getpid()
 _lock = threading.Lock()
 
-# What the parent goes on to use. Some drivers say goodbye to the server when a connection is
-# garbage-collected, on the socket of the parent: so the child keeps it, unused.
+# Connections that the parent still uses. When one is garbage-collected, some drivers end the
+# server's process through the socket, which is the parent's too. So the child keeps them.
 inherited: list[object] = []
 
 
@@ -56,7 +56,7 @@ def forget_inherited() -> bool:
     global _pid
     if os.getpid() == _pid:
         return False
-    with _lock:  # in a child only, and the second thread finds it done
+    with _lock:  # in a child only, where a second thread may be waiting
         if os.getpid() == _pid:
             return False
         for record in list(_records):
@@ -69,8 +69,8 @@ def forget_inherited() -> bool:
 def _forget(record: Any) -> None:
     inherited.append(record.dbapi_connection)
     record.dbapi_connection = None
-    # It may be in use, by a Session of the parent's: its collection would send a ROLLBACK. No
-    # public name leads from a record to it; the event "checkout" would, at each checkout.
+    # A Session of the parent may use it, and its collection would send a ROLLBACK. The public
+    # way, a listener of "checkout" that keeps it, would slow down each checkout.
     connection = record.fairy_ref and record.fairy_ref()
     if connection is not None:
         connection.dbapi_connection = None

@@ -44,7 +44,7 @@ class SessionMiddleware:
         app.wsgi_app = SessionMiddleware(app.wsgi_app, Session)
 
     :param app: the WSGI application.
-    :param registries: its session registries: ``scoped_session`` objects whose ``scopefunc`` is
+    :param registries: the application's ``scoped_session`` objects, whose ``scopefunc`` must be
         :func:`current_scope`. All that a request uses share one outcome.
     :param commit_on: the moment of the outcome. ``"complete"``: as late as possible while a
         failure can still reach the client. ``"headers"``: always before the response's start;
@@ -66,7 +66,7 @@ class SessionMiddleware:
     """
 
     observers: tuple[Observer, ...]
-    """The observers of each request; a middleware around this one may add some when it is made."""
+    """The observers of each request; a middleware around this one may add its own."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class SessionMiddleware:
         skip: Callable[[WSGIEnvironment], bool] | None = None,
         observers: Iterable[Observer] = (),
     ) -> None:
-        given: Any = app  # of which the annotation knows only what it should be
+        given: Any = app  # callers without a type checker may pass anything
         if not callable(given) or isinstance(given, scoped_session):
             msg = (
                 f"app must be the WSGI application, a callable, got {app!r}. "
@@ -119,7 +119,7 @@ class SessionMiddleware:
         scope = Scope(environ, observers)
         environ["wsgi_dbsession.scope"] = scope
         if observers:
-            scope.tell("opened")
+            scope.notify("opened")
         return respond(self.app, environ, start_response, scope, self._policy)
 
     def _join(

@@ -46,7 +46,7 @@ class Policy:
 
 
 def choose_moment(environ: WSGIEnvironment, status: str, headers: Headers) -> Moment:
-    """Return the moment for ``commit_on="auto"``: Server-Sent Events must hold no connection."""
+    """Return the moment for "auto": Server-Sent Events must not hold a connection."""
     for name, value in headers:
         if name.lower() == "content-type" and value.lower().startswith("text/event-stream"):
             return "headers"
@@ -82,7 +82,7 @@ class Start(HeldStart):
         self, status: str, headers: Headers, exc_info: OptExcInfo | None = None, /
     ) -> Callable[[bytes], object]:
         """Keep the start, see "The start_response() Callable" in PEP 3333."""
-        kind: type = type(status)  # of which the annotation knows only what it should be
+        kind: type = type(status)  # callers without a type checker may pass anything
         if not issubclass(kind, str):
             msg = f"status must be a str, got {status!r}, see PEP 3333, A Note On String Types"
             raise TypeError(msg)
@@ -106,9 +106,9 @@ class Start(HeldStart):
         return self.write
 
     def release(self) -> None:
-        """Pass the start to the server, unless that has been done; call it before every block.
+        """Pass the start to the server, once. Call it before each block.
 
-        :raises AssertionError: there is none, though the body has begun.
+        :raises AssertionError: there is no start, though the body has begun.
         :raises BaseException: the outcome failed, and the application swallowed the error.
         """
         if self.status is None:
@@ -178,7 +178,7 @@ class Start(HeldStart):
                 self.scope.settle(veto=self.vetoes, final=complete)
             except BaseException as failure:
                 self.failure = failure
-                self.scope.doom()  # the application may swallow it, out of write()
+                self.scope.doom()  # the application may swallow what write() raises
                 raise
 
     def vetoes(self) -> str:
@@ -207,7 +207,7 @@ class Start(HeldStart):
         return asked and self.scope.failure is not None and not self.sent
 
     def answer(self) -> Iterable[bytes]:
-        """Let ``commit_error`` answer. Call it while the failure is handled, in no step."""
+        """Let ``commit_error`` answer. Call it in an ``except`` block, outside of any step."""
         assert self.policy.commit_error is not None
         return self.policy.commit_error(self.environ, self._restart)
 
@@ -220,7 +220,7 @@ class Start(HeldStart):
             raise ValueError(msg) from failure
         if exc_info is None and self.released and failure is not None:
             # The server has a start, with headers that it has not sent: they can be replaced.
-            # The annotation wants a traceback; an error that was raised has one.
+            # A raised error has the traceback that the annotation requires.
             exc_info = (type(failure), failure, failure.__traceback__)  # type: ignore[assignment]
         if exc_info is None:
             return self._server(status, headers)

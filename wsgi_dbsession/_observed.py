@@ -1,4 +1,4 @@
-"""What a scope shows to those who look on: its observers, and the log."""
+"""What a scope shows to observers and to the log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Reason: TypeAlias = Literal["error", "doomed", "incomplete", "kept", "veto", "co
 
 
 class Observed(Step):
-    """What a scope is to those who look on; a base class of ``Scope``."""
+    """What observers and the log can see of a scope; a base class of ``Scope``."""
 
     __slots__ = ("_name", "environ", "failure", "observers", "outcome", "reason")
 
@@ -53,19 +53,19 @@ class Observed(Step):
         return self._name if self.environ is None else describe(self.environ)
 
     def join(self, observers: tuple[Any, ...]) -> None:
-        """Let the observers of a nested middleware look on too."""
+        """Add the observers of a nested middleware."""
         new = tuple(each for each in dict.fromkeys(observers) if each not in self.observers)
         self.observers += new
-        self.tell("opened", to=new)
+        self.notify("opened", to=new)
 
-    def tell(self, method: str, *arguments: object, to: tuple[Any, ...] | None = None) -> bool:
+    def notify(self, method: str, *arguments: object, to: tuple[Any, ...] | None = None) -> bool:
         """Call the observers, or some of them.
 
         :return: whether one of them has dealt with it.
         """
         dealt_with = False
         for observer in self.observers if to is None else to:
-            if method in observer.hears:
+            if method in observer.overridden:
                 try:
                     if getattr(observer, method)(self, *arguments) is True:
                         dealt_with = True

@@ -1,6 +1,6 @@
 """*Which*: the outcome of a unit of work, and everything that belongs to it.
 
-The first matching row of ``Unit._decide`` says which outcome it is. The rest carries it out.
+``Unit._decide`` returns the first matching row, and the rest carries it out.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ class Unit(Observed):
         self._discarded: BaseException | None = None
 
     def abandon(self) -> None:
-        """Forget everything, in a child process: it is the parent's."""
+        """Forget everything in a child process: it is the parent's."""
         super().abandon()
-        inherited.append(self.sessions)  # they may have connections that no pool knows
+        inherited.append(self.sessions)  # their connections may be in no pool
         self.sessions, self._hooks, self._discarded, self.context = {}, (), None, None
 
     def undecided(self) -> bool:
@@ -161,11 +161,11 @@ class Unit(Observed):
                     error = error or failure  # what its hooks began is rolled back too
                 elif self.outcome != "commit":
                     break
-                # A listener, or a hook that was interrupted: what the others began counts.
+                # A listener failed, or a hook was interrupted: what the others began is committed.
             if not self._has_begun():
                 break
             if again and self.outcome == "rollback" and not self._hooks:
-                break  # begun by a listener of each rollback
+                break  # a listener begins one at each rollback
         else:
             failure = failure or RuntimeError(_ENDLESS)
         self.releases, self.context = releases, None
@@ -179,7 +179,7 @@ class Unit(Observed):
         veto: Callable[[], str] | None,
         final: bool,
     ) -> None:
-        self._settling = True  # what is closed from here on is not discarded by the application
+        self._settling = True  # from here on the application does not close a Session
         try:
             outcome, reason = self._decide(error, complete, veto)
         except BaseException as failure:
@@ -208,7 +208,7 @@ class Unit(Observed):
         try:
             rollback(self.sessions.values(), failure)
         finally:
-            if not self.tell("commit_failed", failure):
+            if not self.notify("commit_failed", failure):
                 arguments = (self.name, explanation, failure)
                 log.error("%s: %s: %s", *arguments, exc_info=failure, extra=self.extra())
             self._conclude(self.outcome, truth)
@@ -227,16 +227,16 @@ class Unit(Observed):
                 self._run_hooks(outcome)
         finally:
             if self.observers:
-                self.tell("settled")
+                self.notify("settled")
 
     def _run_hooks(self, outcome: Outcome) -> None:
         interruption: BaseException | None = None
-        # Those that are registered from here on wait for the outcome of what the hooks begin.
+        # Hooks that are registered from here on wait for the next outcome.
         hooks, self._hooks = self._hooks, ()
         for hook in hooks:
             if hook.outcome == outcome:
-                self.tell("hook_called", hook.function)
-                # An interruption too: the others run, and then it goes on.
+                self.notify("hook_called", hook.function)
+                # Even after an interruption the other hooks run.
                 failure = hook.run(self.name, self.extra())
                 interruption = interruption or failure
         if interruption is not None:
@@ -245,13 +245,13 @@ class Unit(Observed):
     def _log_discarded(self, vetoed: str) -> None:
         method = (self.environ or {}).get("REQUEST_METHOD")
         for session in self.sessions.values():
-            # Which statements were writes, is unknown: the method says what to expect.
+            # Whether a statement wrote is unknown, so the method decides.
             if session.in_transaction() and (
                 method not in _SAFE_METHODS or session.new or session.dirty or session.deleted
             ):
                 but = ", except what AUTOCOMMIT has committed" if is_autocommit(session) else ""
                 message = "%s: discarding uncommitted changes%s: %s; scope.keep() commits them"
-                if not self.tell("discarding", vetoed):
+                if not self.notify("discarding", vetoed):
                     log.info(message, self.name, but, vetoed, extra=self.extra())
                 return
 
@@ -275,10 +275,10 @@ class Unit(Observed):
             failure = settling
         interruption = self.close_sessions() if self.sessions else None
         failure = failure or interruption
-        # From here on nothing would close a Session, and an interruption may keep leave() away.
+        # From here on nothing would close a Session, and an interruption may skip leave().
         self.in_step = False
         if self.observers:
-            self.tell("closed")
+            self.notify("closed")
         # The environ and the context refer to this scope: a cycle until a collection.
         self.environ = self.context = None
         if error is None and failure is not None:

@@ -21,7 +21,7 @@ _LAYERS = (
 
 
 def calling_line() -> str:
-    """Return the line that called SQLAlchemy or this package, in whatever library it stands."""
+    """Return the line that called SQLAlchemy or this package, even if a library contains it."""
     return innermost_line(is_layer)
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.pool import Pool
 
 from ._report import log
 
-_DEFAULT = 5  # psycopg's prepare_threshold; another number was chosen by somebody
+_DEFAULT = 5  # psycopg's prepare_threshold; another number is somebody's choice
 
 _WARNING = (
     "a pooler such as PgBouncer is between psycopg and PostgreSQL: in transaction mode, psycopg's "
@@ -34,7 +34,7 @@ def is_behind_pooler(driver: Any) -> bool:
     """
     with driver.cursor() as cursor:
         cursor.execute("SELECT pg_backend_pid()", prepare=False, binary=False)
-        # Whatever rows the connection makes.
+        # Independent of the connection's row_factory.
         pid = int(cursor.pgresult.get_value(0, 0))
     driver.rollback()
     return bool(pid != driver.info.backend_pid)
@@ -42,14 +42,14 @@ def is_behind_pooler(driver: Any) -> bool:
 
 def _on_first_connect(driver: Any, _: object) -> None:
     if getattr(driver, "prepare_threshold", None) == _DEFAULT:
-        # What is wrong, the application's statement reports. What is no error of psycopg's was
-        # raised into it, such as gevent's Timeout, and its answer is still on its way.
+        # The application's own statement will report this error. One that is not psycopg's, such
+        # as gevent's Timeout, must propagate: the answer is still on its way.
         with contextlib.suppress(driver.Error):
             if is_behind_pooler(driver):
                 log.warning(_WARNING)
 
 
 def warn_behind_pooler() -> None:
-    """Let the first connection of each engine that leads to a pooler be named in the log."""
+    """Log a WARNING at the first connection of each engine that is behind a pooler."""
     if not event.contains(Pool, "first_connect", _on_first_connect):
         event.listen(Pool, "first_connect", _on_first_connect)

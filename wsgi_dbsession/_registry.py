@@ -77,7 +77,7 @@ class SessionRegistry(ScopedRegistry[Session]):
         scope = find_scope()
         session = None if scope is None else scope.sessions.get(self)
         if scope is not None and session is not None:
-            session.close()  # a Session that is forgotten is not to keep its connection
+            session.close()  # a forgotten Session must not keep its connection
             scope.sessions.pop(self, None)
 
     def store(self, scope: Scope, session: AdoptedSession) -> None:
@@ -110,7 +110,7 @@ def adopt(registries: Iterable[scoped_session[Any]]) -> tuple[SessionRegistry, .
 
 
 def _check(registry: scoped_session[Any]) -> None:
-    kind: type = type(registry)  # of which the annotation knows only what it should be
+    kind: type = type(registry)  # callers without a type checker may pass anything
     if not issubclass(kind, scoped_session):
         fix = f"Make it by `{_FIX}`"
         if issubclass(kind, (list, tuple, set)):
@@ -141,10 +141,10 @@ def _adopt(registry: scoped_session[Any]) -> SessionRegistry:
         factory: sessionmaker[Any] = registry.session_factory
         kind = factory.class_  # read once: another thread may adopt the same registry
         if not issubclass(kind, AdoptedSession):
-            # sessionmaker makes a class of its own already, so that listeners find it.
+            # sessionmaker has derived its own class, so listeners see no other Sessions.
             attributes: dict[str, Any] = {"dbsession_lines": set()}
             factory.class_ = type(kind.__name__, (AdoptedSession, kind), attributes)
-            # Before those of the application, which may raise.
+            # They run before those of the application, which may raise.
             event.listen(factory, "after_commit", _after_commit, insert=True)
             event.listen(factory, "after_flush", _after_flush, insert=True)
             event.listen(factory, "after_soft_rollback", _after_rollback, insert=True)
@@ -200,10 +200,10 @@ def _after_rollback(session: AdoptedSession, transaction: SessionTransaction) ->
 
 
 def check_routed(registries: Iterable[SessionRegistry]) -> None:
-    """Check that the Sessions of these registries read where nothing can be written.
+    """Check that these registries route a read-only scope to an engine that refuses writes.
 
-    :raises ValueError: a Session class has no attribute ``dbsession_routed``, by which a class
-        says that its ``get_bind()`` asks for ``Scope.read_only``.
+    :raises ValueError: a Session class has no attribute ``dbsession_routed``, with which a class
+        declares that its ``get_bind()`` respects ``Scope.read_only``.
     """
     for registry in registries:
         factory: Any = registry.createfunc
@@ -219,7 +219,7 @@ def check_routed(registries: Iterable[SessionRegistry]) -> None:
 def observers_of(
     registries: Iterable[SessionRegistry], first: tuple[Observer, ...] = ()
 ) -> tuple[Observer, ...]:
-    """Return those who look on at these registries, each once, after the `first`."""
+    """Return the `first` observers and then those of the registries, each once."""
     found = first
     for registry in registries:
         for observer in registry.observers:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-# All that asks a Session for a connection calls one of these. `flush` is among them because
-# SQLAlchemy discards what is pending where a flush fails after it has begun.
+# Whatever obtains a connection for a Session calls one of these. `flush` is among them because
+# SQLAlchemy discards what is pending if a flush fails after it has begun.
 _WAYS = ("connection", "flush", "get_bind")
 
 
@@ -60,7 +60,7 @@ class Released:
 
     def guard(self, session: Session) -> None:
         """Refuse each statement of a Session until the block ends."""
-        # In the instance: a method of its class would cost each statement of each request.
+        # In the instance: a method of its class would slow down each statement of each request.
         mine = vars(session)
         self._guarded.append((session, {way: mine[way] for way in _WAYS if way in mine}))
         for way in _WAYS:
@@ -70,7 +70,7 @@ class Released:
         self, session: Session, way: str, call: Callable[..., Any], /, *args: Any, **named: Any
     ) -> Any:
         releases = self._scope.releases
-        # Empty while an outcome comes: that of a response whose generator is suspended here.
+        # Empty during an outcome, such as that of a response whose generator is suspended here.
         if releases and (way != "flush" or has_written(session)):
             msg = (
                 f"{self._scope.name}: no statement may run in the released() block at "
@@ -82,8 +82,8 @@ class Released:
 
     def _check(self, session: Any) -> None:
         """Raise if a Session has something to lose."""
-        # `SessionTransaction.origin`, which is public, is the same for a Session.begin() without
-        # `with`, after which nothing waits for the end of that transaction.
+        # The public `SessionTransaction.origin` is the same for a Session.begin() without `with`,
+        # after which nothing waits for the end of that transaction.
         if session.in_nested_transaction() or session._trans_context_manager is not None:
             why = "a Session is in begin_nested() or `with Session.begin():`. Leave that before"
         elif wrote := has_written(session):
@@ -101,8 +101,8 @@ class Released:
 
 def _release(session: Session) -> None:
     """End a transaction that only read. Its objects stay attached, and do not expire."""
-    # Session.rollback() would expire them, Session.close() detach them; Session.commit() calls
-    # listeners, and is a commit for whoever counts them.
+    # Session.rollback() would expire them, and Session.close() detach them. Session.commit()
+    # calls listeners, which may count commits.
     transaction = session.get_transaction()
     if transaction is None:
         return
@@ -114,10 +114,10 @@ def _release(session: Session) -> None:
             with contextlib.suppress(Exception):
                 connection.invalidate()
                 connection.close()
-        with contextlib.suppress(Exception):  # SQLAlchemy has not come to that
+        with contextlib.suppress(Exception):  # SQLAlchemy has not reached this call
             session.dispatch.after_transaction_end(session, transaction)
         if not isinstance(failure, Exception):
             raise
         log.warning("rollback failed, closing the connection instead", exc_info=True)
     if not session.autobegin:
-        session.begin()  # without a connection, until there is a statement
+        session.begin()  # it takes a connection at the first statement

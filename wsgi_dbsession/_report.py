@@ -19,7 +19,7 @@ def describe(environ: WSGIEnvironment) -> str:
 def describe_path(environ: WSGIEnvironment) -> str:
     """Return the path of a request as the client wrote it, control characters escaped."""
     path = str(environ.get("SCRIPT_NAME", "")) + str(environ.get("PATH_INFO", ""))
-    # PEP 3333, "Unicode Issues": these are bytes in the clothes of a str.
+    # PEP 3333, "Unicode Issues": each character of such a str stands for a byte.
     return _printable(path.encode("latin-1", "replace").decode("utf-8", "backslashreplace"))
 
 

@@ -41,7 +41,7 @@ def respond(
                 return Response(start, result)
             # An exact list or tuple: a subclass may run code in `__iter__`, or have `close()`.
             finished = kind is list or kind is tuple or _is_file(result, file_wrapper)
-            # A callable may choose "close"; it is asked for each response.
+            # A callable may choose "close" for a single response.
             if finished and (isinstance(policy.commit_on, str) or start.moment() != "close"):
                 start.finish()
                 return result
@@ -49,7 +49,7 @@ def respond(
             result.begin()
             return result
         except BaseException as error:
-            if scope.environ is not None:  # else the first block has failed, and closed it
+            if scope.environ is not None:  # otherwise the failure of the first block has closed it
                 scope.close(error)
             raise
         finally:
@@ -57,17 +57,17 @@ def respond(
     except BaseException as error:
         with contextlib.suppress(BaseException):  # the first error is the one to raise
             close(result)
-        scope.close_sessions()  # an interruption may have come before
+        scope.close_sessions()  # an interruption may have skipped it
         if isinstance(error, Exception) and start.is_answerable():
             return start.answer()
         raise
     finally:
-        # An error that the application caught may live on in a cycle, and this frame with it.
+        # An error that the application caught may keep this frame alive in a cycle.
         result = ()
 
 
 def _is_file(result: Iterable[bytes], file_wrapper: Any) -> bool:
-    """Return whether the server is to send a file: no code of the application is left to run."""
+    """Return whether the server sends a file, so that no application code is left to run."""
     if file_wrapper is None:
         return False
     try:
@@ -77,7 +77,7 @@ def _is_file(result: Iterable[bytes], file_wrapper: Any) -> bool:
 
 
 class Response:
-    """The body: the iterable that the server gets where application code is left to run."""
+    """The body: the server iterates over it if application code is left to run."""
 
     __slots__ = ("_ahead", "_blocks", "_closed", "_complete", "_iterable", "_iterator", "_start")
 
@@ -85,16 +85,15 @@ class Response:
         self._start = start
         self._iterable = iterable
         self._blocks: Iterator[bytes] | None = None
-        self._ahead: bytes | None = None  # the first block, where the call has asked for it
+        self._ahead: bytes | None = None  # the first block, if the call has fetched it
         self._iterator: Iterator[bytes] | None = None
         self._complete = self._closed = False
 
     def begin(self) -> None:
-        """Ask for the first block in the step that is the call of the application.
+        """Fetch the first block in the first step, the call of the application.
 
-        The application may call ``start_response`` as late as here, but granian takes status and
-        headers when the call returns, and cheroot answers an error with a 500 only if it comes
-        out of the call.
+        The application may call ``start_response`` as late as here. But granian reads status and
+        headers when the call returns, and cheroot answers with a 500 only if the call raises.
         """
         self._ahead = self._advance()
 
@@ -104,9 +103,9 @@ class Response:
         block, self._ahead = self._ahead, None
         try:
             while block is not END:
-                if block is not None:  # None: the call has not asked for the first
+                if block is not None:  # None: the call has not fetched the first
                     yield block
-                    # What is left of a HEAD is never sent, and may be endless.
+                    # The rest of a HEAD's body is never sent, and may be endless.
                     if self._closed or start.is_head:
                         return
                 try:
@@ -121,13 +120,13 @@ class Response:
             yield from self._iterable
 
     def __next__(self) -> bytes:
-        # Servers iterate, which is quicker. A test, or a middleware, may ask for a block.
+        # Servers iterate, which is faster. A test or a middleware may call next().
         if self._iterator is None:
             self._iterator = iter(self)
         return next(self._iterator)
 
     def _advance(self) -> bytes:
-        """Return the next block, or `END`, after an outcome if this is the moment. In a step."""
+        """Return the next block, or `END`, after an outcome if this is the moment."""
         start = self._start
         try:
             if self._blocks is None:
@@ -136,7 +135,7 @@ class Response:
             sent = start.sent
             if block is END:
                 self._complete = True
-                self._blocks = iter(())  # whoever asks again does not ask the application
+                self._blocks = iter(())  # a further next() must not reach the application
             else:
                 sent += len(block)
                 self._complete = sent >= start.length()
@@ -149,7 +148,7 @@ class Response:
         return block
 
     def close(self) -> None:
-        """Make the last step: what is undecided is decided now."""
+        """Make the last step, which decides what is still undecided."""
         start = self._start
         self._ahead = self._iterator = None
         if self._closed:
@@ -165,7 +164,7 @@ class Response:
             start.scope.leave()
 
     def __del__(self) -> None:
-        # The collector may run this in the midst of anything: no application code, no context.
+        # The collector may run this at any point: no application code, no context variable.
         if not self._closed:
             self._start.scope.drop()
 

@@ -61,19 +61,19 @@ def current_scope() -> Scope:
 class Observer:
     """A base class for metrics, tracing and tests, whose methods are called for each scope.
 
-    Override what you need: every method does nothing. Pass an instance to
+    Override the methods that you need. By default they do nothing. Pass an instance to
     ``SessionMiddleware(app, Session, observers=[...])`` or to :func:`observe`. An error in a
     method is logged and changes nothing else. The methods run in the step, or in the copied
     context of the outcome.
     """
 
-    hears: ClassVar[frozenset[str]] = frozenset()
-    """The methods that a class has, found when it is made: only those are called."""
+    overridden: ClassVar[frozenset[str]] = frozenset()
+    """The names of the methods that a subclass has overridden: only those are called."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         methods = (item for item in vars(Observer).items() if callable(item[1]))
-        cls.hears = frozenset(name for name, own in methods if getattr(cls, name) is not own)
+        cls.overridden = frozenset(name for name, own in methods if getattr(cls, name) is not own)
 
     def opened(self, scope: Scope) -> None:
         """Called before the application, or the block, begins."""
@@ -128,7 +128,7 @@ class Scope(Unit):
             self._info = {}
         return self._info
 
-    # -- what the application says ----------------------------------------------------------------
+    # -- what the application asks for ------------------------------------------------------------
 
     def doom(self) -> None:
         """Roll back, whatever the status is, and even after :meth:`keep`."""
@@ -199,7 +199,7 @@ class Scope(Unit):
     # -- outcome ----------------------------------------------------------------------------------
 
     def discarded(self, session: AdoptedSession) -> None:
-        """Note that the application closes a Session whose transaction is open."""
+        """Record that the application closes a Session in an open transaction."""
         if self._settling:
             return
         wrote = (session.dbsession_has_written or has_written)(session)

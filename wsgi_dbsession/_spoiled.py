@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # With these, MySQL and MariaDB have rolled back the transaction: a deadlock, a row that has
 # changed since it was read (`innodb_snapshot_isolation`), no room for locks.
 _ROLLED_BACK = {"1213", "1020", "1206"}
-_LOCK_TIMEOUT = "1205"  # with this one, if it is told to
+_LOCK_TIMEOUT = "1205"  # with this one only if innodb_rollback_on_timeout is set
 _ROLLS_BACK_ON_TIMEOUT = "SELECT @@innodb_rollback_on_timeout"
 
 
@@ -36,11 +36,11 @@ def spoil(connection: Connection, error: BaseException) -> None:
     """Keep the connection's transaction from being committed, even if the error is caught."""
     transaction = connection.get_transaction()
     if transaction is not None:
-        # On what ends with the request: an error refers to all that ran.
+        # On the Connection, which ends with the request: the error keeps its frames alive.
         connection.dbsession_spoiled = transaction, error  # type: ignore[attr-defined]
-        # The connections of isolate() ask by themselves: SQLAlchemy 2.0 refuses to listen to them.
+        # SQLAlchemy 2.0 refuses listeners of isolate()'s connections, which ask by themselves.
         with contextlib.suppress(InvalidRequestError):
-            for name in ("commit", "prepare_twophase"):  # the application's own too
+            for name in ("commit", "prepare_twophase"):  # of the application, too
                 event.listen(connection, name, check_commit)
 
 
@@ -81,7 +81,7 @@ def explain_refusal(error: BaseException | None = None) -> PendingRollbackError:
 
 
 def _on_error(context: ExceptionContext) -> None:
-    """Keep what the error says about the transaction; its later COMMIT does not say it."""
+    """Record what the error means for the transaction: a later COMMIT does not report it."""
     connection, error = context.connection, context.original_exception
     if connection is None or connection.closed or connection.invalidated:
         return
@@ -104,7 +104,7 @@ def _on_error(context: ExceptionContext) -> None:
         spoiled = ended and driver.total_changes != connection.info.get(CHANGES)
         level, mode = (getattr(driver, name, ...) for name in ("isolation_level", "autocommit"))
         if ended and (level is None or mode is False):
-            # sqlite3 does not begin the next one by itself, and what follows would stay.
+            # sqlite3 does not begin another one, and each later statement would commit itself.
             with contextlib.suppress(connection.dialect.loaded_dbapi.Error):
                 ask(connection, "BEGIN")
     elif "MySQLDialect" in dialect:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     Headers: TypeAlias = list[tuple[str, str]]
 
 END: Any = object()
-"""Stands for a block where there is none left."""
+"""Stands for a block if none is left."""
 
 _NUMBER = re.compile("[0-9]+")
 
@@ -39,7 +39,7 @@ def body_length(is_head: bool, status: str, headers: Headers) -> float:
         return 0
     length = math.inf
     for name, value in headers:
-        # The length first: this is asked for each header of each stream.
+        # The length first, because it is faster: streams have many headers.
         if len(name) == 14 and name.lower() == "content-length":
             for number in [value] if value.isdecimal() else _NUMBER.findall(value):
                 length = min(length, int(number))
@@ -49,8 +49,8 @@ def body_length(is_head: bool, status: str, headers: Headers) -> float:
 class HeldStart:
     """A ``start_response`` that keeps the response's start; a subclass knows until when.
 
-    It does not know the body: a generator holds on to the ``start_response`` it was given, and a
-    way from here back to it would keep an abandoned response alive until a collection.
+    It does not refer to the body: a generator keeps its ``start_response``, and a reference back
+    to the generator would keep an abandoned response alive until a collection.
     """
 
     __slots__ = ("_exc_info", "_server", "_write", "headers", "released", "status")

@@ -18,12 +18,12 @@ _get, _set, _reset = _current.get, _current.set, _current.reset
 
 
 class Step:
-    """What a scope is while one of its steps runs; the base class of ``Scope``."""
+    """The steps of a scope; a base class of ``Scope``."""
 
     __slots__ = ("_innermost", "_token", "in_step")
 
     in_step: bool
-    """Whether one of its steps is running; between them, and afterwards, it is refused."""
+    """Whether one of its steps is running. Otherwise the scope is refused."""
 
     # Set by the class above: an __init__() here would cost each request a call.
     _innermost: Step | None
@@ -31,7 +31,7 @@ class Step:
 
     def enter(self) -> None:
         """Start a step: this scope is the current one, in this thread, greenlet and context."""
-        # A generator may have been suspended in a `session_scope` block of its own.
+        # A generator may have been suspended in its own `session_scope` block.
         self._token = _set(self._innermost or self)
         self.in_step = True
 
@@ -39,22 +39,22 @@ class Step:
         """End a step: nothing of this scope is left in the context."""
         self.in_step = False
         token, self._token = self._token, None
-        if token is not None:  # else an interruption came before the step had begun
+        if token is not None:  # otherwise an interruption came before the step had begun
             innermost = _get()
             self._innermost = None if innermost is self else innermost
             _reset(token)
 
     def enter_block(self) -> None:
         """Start a ``session_scope`` block."""
-        _set(active_step())  # or the blocks that the collector closed would pile up
+        _set(active_step())  # blocks that the collector has closed must not pile up
         self.enter()
 
     def leave_block(self, error: BaseException | None = None) -> None:
         """End a ``session_scope`` block.
 
-        :param error: what left it. The collector may close a generator, and with it a block, in
-            the midst of a ``ContextVar.set()``, which crashes CPython 3.10 and 3.11 if it meets
-            another one. The variable is left alone then, and :func:`active_step` looks past it.
+        :param error: the exception that leaves it. The collector may close a generator, and with
+            it a block, in the midst of a ``ContextVar.set()``. To meet another one there crashes
+            CPython 3.10 and 3.11, so the variable stays, and :func:`active_step` looks past it.
         """
         self.in_step = False
         if isinstance(error, GeneratorExit) or _get() is not self or self._token is None:
@@ -78,14 +78,14 @@ class Step:
         return context
 
     def abandon(self) -> None:
-        """Be none of this process: it is a child, and the scope its parent's."""
+        """Deactivate the scope in a child process: it is the parent's."""
         self.in_step = False
 
 
 def active_step() -> Any:
     """Return the innermost scope in whose step this is called, or None.
 
-    It is a ``Scope``, which this floor does not know, and a ``cast()`` above costs a call more.
+    It is a ``Scope``, which this floor cannot import, and a ``cast()`` above would cost a call.
     """
     step = _get()
     # A block that the collector closed is still there, see leave_block().

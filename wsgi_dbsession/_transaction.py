@@ -30,17 +30,17 @@ Truth: TypeAlias = Literal["rolled back", "unknown", "committed", "partly commit
 class AdoptedSession(Session):
     """A Session that reports what a ``close()`` discards; mixed into the application's class."""
 
-    dbsession_lines: ClassVar[set[str]]  # that closed one, and were named in a warning
-    dbsession_scope: Any = None  # for which a registry made it
+    dbsession_lines: ClassVar[set[str]]  # which a warning has named
+    dbsession_scope: Any = None  # that keeps it
     dbsession_pid: int  # of the process that made it
-    dbsession_has_written: Any = None  # a function that answers for has_written() of a discard
-    # Of the transaction that runs: the savepoints in which something was flushed, if it was, and
-    # whether one was rolled back.
+    dbsession_has_written: Any = None  # a function instead of has_written(), for discards
+    # Of the current transaction: the savepoints that were open at the first flush, None before it,
+    # and whether a savepoint was rolled back.
     dbsession_flushed: list[SessionTransaction] | None = None
     dbsession_undone = False
-    dbsession_committed = False  # by the commit that runs
+    dbsession_committed = False  # by the current call of commit()
 
-    # A class of the application may take arguments.
+    # The application's class may take arguments.
     def close(self, *args: Any, **kwargs: Any) -> None:
         """Close the Session; a scope that has it refuses to commit if it had written."""
         self._report_discard()
@@ -73,15 +73,16 @@ def connections(session: Session) -> Transactions:
     transaction: Any = session.get_transaction()
     if transaction is None:
         return []
-    # The public way, to listen to after_begin, costs each transaction of each request.
+    # The public ways: a listener of after_begin would slow down each transaction, and
+    # SessionTransaction.connections, new in 2.1.7, does not have the transactions.
     entries: dict[Any, tuple[Any, ...]] = transaction._connections
-    # An entry is there by its connection and by its engine.
+    # Each entry has two keys, its connection and its engine.
     return [entry[:2] for key, entry in entries.items() if key is entry[0]]
 
 
 def has_changes(session: Any) -> bool:
-    """Return whether a flush has something to write, or had: ``after_flush`` still sees it."""
-    # Session.new and its like, the public way, make sets of all of them at each flush.
+    """Return whether a flush has something to write; in ``after_flush``, whether it had."""
+    # The public Session.new, Session.deleted and Session.dirty build sets each time.
     return bool(
         session._new
         or session._deleted
@@ -94,11 +95,11 @@ def has_written(session: Session) -> bool | None:
     if has_changes(session):
         return True
     found: set[bool | None] = {None}
-    if session.is_active:  # else a flush has failed: SQLAlchemy has rolled back already
+    if session.is_active:  # otherwise a flush has failed, and SQLAlchemy has rolled back
         undone = getattr(session, "dbsession_undone", False)
         found = {_driver.has_written(each, undone=undone) for each, _ in connections(session)}
     if found <= {False}:
-        return False  # at AUTOCOMMIT, though it was flushed
+        return False  # for example at AUTOCOMMIT, even after a flush
     flushed = getattr(session, "dbsession_flushed", None) is not None
     return True if flushed or True in found else None
 
@@ -123,17 +124,17 @@ class Commit:
     ones are committed, then the prepared ones. A transaction that was begun is committed, though
     nothing seems to have changed: textual SQL leaves no trace.
 
-    :param sessions: by that which keeps them, whose ``number`` gives their order.
+    :param sessions: the Sessions by registry, whose ``number`` gives their order.
     :param final: whether the scope ends with it, so that objects are not expired: reading an
         attribute afterwards begins no transaction.
     """
 
-    # In the class: to set them in each instance would cost each commit.
+    # Defaults in the class: to set them in each instance would slow down each commit.
     _committed = 0
     _late: BaseException | None = None  # out of an after_commit listener
-    _failed: Transactions = ()  # of the Session whose COMMIT was the last
+    _failed: Transactions = ()  # of the last Session that was to be committed
     _prepared: tuple[tuple[AdoptedSession, Transactions], ...] = ()
-    _doubtful: tuple[str, ...] = ()  # of which it is open what becomes
+    _doubtful: tuple[str, ...] = ()  # prepared transactions, whose outcome is unknown
 
     def __init__(self, sessions: Mapping[Any, AdoptedSession], *, final: bool = False) -> None:
         self._sessions = sessions
@@ -166,7 +167,7 @@ class Commit:
             except BaseException as error:
                 failure = failure or error
                 self._doubtful += _gids(found)
-                # Left to whoever resolves it by hand: a rollback now would keep half of the work.
+                # Somebody has to resolve it by hand: a rollback now would keep half of the work.
                 undo(session, "invalidate")
         failure = failure or self._late
         if failure is not None:
@@ -189,13 +190,13 @@ class Commit:
         return [sessions[each] for each in ordered if sessions[each] in flushed]
 
     def _prepare(self, session: AdoptedSession, found: Transactions) -> None:
-        # prepare() refuses an open savepoint, where commit() releases it with the rest.
+        # commit() releases an open savepoint, but prepare() refuses it.
         while (savepoint := session.get_nested_transaction()) is not None:
             savepoint.commit()
         try:
             session.prepare()
         except BaseException as error:
-            # The first SQLAlchemy 2.0 hides it: it refuses its own rollback.
+            # SQLAlchemy 2.0.20 hides it, because it refuses its own rollback.
             if _leaves_open(error) or _leaves_open(error.__context__ or error):
                 self._doubtful += _gids(found)
             raise
@@ -269,7 +270,7 @@ def _gids(found: Transactions) -> tuple[str, ...]:
 
 
 def _leaves_open(failure: BaseException) -> bool:
-    """Return whether this failure came out of COMMIT, or one of its phases, and is no answer."""
+    """Return whether COMMIT, or one of its phases, failed without an answer."""
     # If SQLAlchemy cannot take back what it could not prepare, that error hides the first one.
     methods = ("do_commit", "do_prepare_twophase", "do_rollback_twophase")
     return _driver.passed_through(failure, *methods) and not _driver.is_refusal(failure)
@@ -278,7 +279,7 @@ def _leaves_open(failure: BaseException) -> bool:
 def rollback(sessions: Iterable[Session], error: BaseException | None = None) -> None:
     """Roll back these Sessions.
 
-    :param error: why. After a ``BaseException`` that is no ``Exception`` (``GreenletExit``,
+    :param error: why. After a ``BaseException`` that is not an ``Exception`` (``GreenletExit``,
         ``gevent.Timeout``) the answer to a statement may still be on its way, so the connection
         is discarded: see ``Session.invalidate()`` in SQLAlchemy's documentation.
     :raises BaseException: the rollback was interrupted, and there is no earlier error.
@@ -297,7 +298,7 @@ def undo(session: Session, method: str) -> BaseException | None:
 
     A failure is logged only: the connection is closed then, and with it the database rolls back.
 
-    :return: the failure if it is an interruption, an error that is no ``Exception``.
+    :return: the failure if it is an interruption, an error that is not an ``Exception``.
     """
     try:
         getattr(session, method)()

@@ -515,7 +515,7 @@ def test_the_methods_of_a_base_class_are_called(sqlite_registry: Registry) -> No
     with observe(sqlite_registry, Both()), session_scope(sqlite_registry):
         pass
 
-    assert Both.hears == {"opened", "closed"}
+    assert Both.overridden == {"opened", "closed"}
     assert heard == ["opened", "closed"]
 
 

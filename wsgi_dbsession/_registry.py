@@ -123,9 +123,9 @@ def _check(registry: scoped_session[Any]) -> None:
         classes = getattr(factory, "class_", object).__mro__
         if any(each.__module__.startswith("flask_sqlalchemy.") for each in classes):
             fix = (
-                "Flask-SQLAlchemy removes db.session before the commit, so do not pass it but "
-                "make one beside it: "
-                "`Session = scoped_session(sessionmaker(db.engine), scopefunc=current_scope)`"
+                "Write `db = SQLAlchemy(session_options={'scopefunc': current_scope})`. After "
+                "`db.init_app(app)`, take out its teardown, which removes the Session before the "
+                "commit: `app.teardown_appcontext_funcs.pop()`"
             )
         # A thread-local registry has no scopefunc at all.
         msg = f"the scopefunc of a session registry must be current_scope, got {registry!r}. {fix}"

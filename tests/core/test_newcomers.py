@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import create_engine, select
+from sqlalchemy import create_engine, select, text
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from werkzeug.middleware.proxy_fix import ProxyFix
 
@@ -128,13 +128,32 @@ def test_an_argument_that_is_none_of_this(sqlite_registry: Registry) -> None:
 
 @pytest.mark.promise("constructors")
 def test_the_session_of_flask_sqlalchemy() -> None:
-    """The message names the extension, and a way that works."""
+    """The message has the lines of the moving guide, and they work."""
     app = Flask("app")
     app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite://"
-    db = SQLAlchemy(app)
-
-    with pytest.raises(ValueError, match=r"Flask-SQLAlchemy removes db\.session .*scopefunc=cur"):
+    db = SQLAlchemy()
+    with pytest.raises(ValueError, match=r"must be current_scope, got ") as caught:
         SessionMiddleware(app.wsgi_app, db.session)
+    make, leave_out = "SQLAlchemy(session_options={'scopefunc': current_scope})", "funcs.pop()"
+    assert make in str(caught.value)
+    assert leave_out in str(caught.value)
+
+    db = SQLAlchemy(session_options={"scopefunc": current_scope})
+    db.init_app(app)
+    app.teardown_appcontext_funcs.pop()
+    app.wsgi_app = SessionMiddleware(app.wsgi_app, db.session)  # type: ignore[method-assign]
+
+    @app.post("/")
+    def write() -> tuple[str, int]:
+        db.session.execute(text("CREATE TABLE note (text TEXT)"))
+        db.session.execute(text("INSERT INTO note VALUES ('kept')"))
+        return "", 201
+
+    assert app.test_client().post("/").status_code == 201
+    with app.app_context():
+        with session_scope(db.session):
+            assert db.session.scalars(text("SELECT text FROM note")).all() == ["kept"]
+        db.engine.dispose()
 
 
 # -- outside of a scope ---------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import InvalidRequestError
 from webtest import TestApp
 
+from tests.docs.pages import run
 from tests.moving.guides import Guide
 
 if TYPE_CHECKING:
@@ -70,6 +71,18 @@ def after(guide: Guide, engine: Engine) -> Iterator[Shop]:
     with guide.imported() as module:
         yield Shop(module, engine, moved=True)
         module.Session.session_factory.kw["bind"].dispose()
+
+
+@pytest.mark.parametrize("carried_out", [False, True], ids=["before", "after"])
+def test_the_tests_of_the_shop_pass(carried_out: bool, guide: Guide, engine: Engine) -> None:
+    """They are changed by the guide as well, and leave no row."""
+    if carried_out:
+        guide.carry_out()
+    url = str(engine.url)
+    output = run(guide.folder, "pytest", "-q", "-p", "no:cacheprovider", DATABASE_URL=url)
+    assert "2 passed" in output
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM item")) == 0
 
 
 def assert_orders_are_whole(shop: Shop) -> None:

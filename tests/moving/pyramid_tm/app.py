@@ -82,7 +82,11 @@ def main(global_config, **settings):
         config.include("pyramid_tm")
         config.registry["dbsession_factory"] = session_factory
         config.add_request_method(
-            lambda request: get_tm_session(session_factory, request.tm), "dbsession", reify=True
+            lambda request: (
+                request.environ.get("app.dbsession") or get_tm_session(session_factory, request.tm)
+            ),
+            "dbsession",
+            reify=True,
         )
         for name, view in {"orders": order, "restock": restock, "items": items}.items():
             config.add_route(name, f"/{name}")

@@ -78,12 +78,13 @@ def test_before_a_refused_post_is_written(before: Board) -> None:
 
 
 def test_after_a_refused_post_is_not_written(after: Board) -> None:
-    """The request is one transaction; pages, 404s and the login work as before."""
+    """The request is one transaction; pages, 404s, streams and the login work as before."""
     assert [after.write(f"post {number}") for number in range(4)] == [201, 201, 201, 429]
     assert after.titles() == ["post 0", "post 1", "post 2"]
     assert after.client.get("/posts?page=2").json == {"titles": ["post 2"], "pages": 2}
     assert after.client.get("/posts/1").json == {"title": "post 0"}
     assert after.client.get("/posts/9").status_code == 404
+    assert after.client.get("/posts.txt").text == "post 0\npost 1\npost 2\n"
 
 
 def test_after_the_teardown_left_in_place_is_an_error(guide: Guide, url: str) -> None:

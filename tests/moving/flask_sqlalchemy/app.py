@@ -2,7 +2,7 @@
 
 import os
 
-from flask import Flask, request
+from flask import Flask, request, stream_with_context
 from flask_login import LoginManager, UserMixin, current_user, login_required, login_user
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -54,6 +54,15 @@ def create_app():
     @app.get("/posts/<int:post_id>")
     def post(post_id):
         return {"title": db.get_or_404(Post, post_id).title}
+
+    @app.get("/posts.txt")
+    def export():
+        @stream_with_context
+        def lines():
+            for post in db.session.scalars(db.select(Post).order_by(Post.id)):
+                yield f"{post.title}\n"
+
+        return lines()
 
     @app.post("/posts")
     @login_required

@@ -23,7 +23,7 @@ from benchmarks import report
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LONGEST = 60  # seconds, if nobody ends it before
+LONGEST = 60  # seconds, unless it is ended before
 STILL = 2.5  # seconds in which no other reader gets an answer
 BITE = 1024  # bytes that a slow reader reads at a time
 PAUSE = 0.5  # seconds between two of them

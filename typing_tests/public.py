@@ -1,4 +1,4 @@
-"""What type checkers make of the public names: checked by mypy and pyright, run by nobody."""
+"""What type checkers make of the public names: checked by mypy and pyright, and never run."""
 
 from __future__ import annotations
 

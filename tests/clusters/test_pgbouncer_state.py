@@ -248,7 +248,7 @@ def test_the_level_of_the_database_holds_for_each_client(
 def test_read_only_transactions_hold(
     driver: str, bouncer: PgBouncer, other: Engine, make_engine: MakeEngine
 ) -> None:
-    """The execution option makes a read-only transaction of each, and of nobody else's."""
+    """The execution option makes each transaction of its engine read-only, and no other."""
     engine = make_engine(bouncer.url(driver=driver), **options_of(driver))
     reading = engine.execution_options(postgresql_readonly=True)
 

@@ -154,7 +154,7 @@ def test_a_session_that_cannot_end_loses_its_connection(
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
 
 
-def test_a_connection_that_cannot_be_closed_hinders_nobody(
+def test_a_connection_that_cannot_be_closed_hinders_no_other(
     two: tuple[Registry, Registry], other_postgres_database: Database
 ) -> None:
     """Everything fails for one Session, and the other is cleaned up all the same."""

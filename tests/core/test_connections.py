@@ -132,7 +132,7 @@ def test_a_connection_dropped_in_a_request_costs_that_request(
 def test_a_connection_dropped_during_the_commit_is_not_called_a_rollback(
     make: MakeRegistry, postgres_admin: Admin, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The client gets a 500, and the log says that nobody knows."""
+    """The client gets a 500, and the log says that the outcome is unknown."""
     registry = make()
     event.listen(registry.session_factory, "before_commit", lambda _: postgres_admin.terminate())
 

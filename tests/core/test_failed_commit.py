@@ -362,7 +362,7 @@ def test_the_answer_may_pass_the_error_on(sqlite_registry: scoped_session[Sessio
 def test_an_interrupted_commit_is_not_answered(
     sqlite_registry: scoped_session[Session], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A greenlet that is killed in the commit has nobody to answer to; the log has the request."""
+    """A greenlet that is killed in the commit answers no client; the log has the request."""
 
     def interrupt(_: Session) -> None:
         raise Kill

@@ -35,7 +35,7 @@ def start(
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=stderr,  # a pipe that nobody empties would stop it
+        stderr=stderr,  # a full pipe would stop it
         text=True,
     )
 

@@ -127,7 +127,7 @@ def test_an_interrupted_connection_does_not_come_back(
 def test_the_others_are_given_up_with_the_interrupted_one(
     two: tuple[Registry, Registry], postgres_admin: Admin
 ) -> None:
-    """Nobody knows in which of several Sessions a statement was interrupted."""
+    """It is unknown in which of several Sessions a statement was interrupted."""
     first, second = two
     with pytest.raises(Kill), session_scope(first, second):
         for registry in two:

@@ -278,7 +278,7 @@ def test_without_a_veto_every_status_is_committed(
 def test_a_veto_that_raises_rolls_back_and_raises(
     sqlite_database: Database, sqlite_registry: scoped_session[Session], body: str
 ) -> None:
-    """Nobody knows what it would have said."""
+    """A veto that raises cannot allow the commit."""
     scopes: list[Scope] = []
 
     def veto(environ: WSGIEnvironment, status: str, headers: Headers) -> bool:

@@ -233,7 +233,7 @@ def test_a_registry_that_is_not_adopted_yet_is_configured_by_its_factory(
 def test_a_registry_that_was_not_passed_is_refused_at_its_first_use(
     sqlite_database: Database, sqlite_registry: Registry, tmp_path: Path
 ) -> None:
-    """Its Sessions would be nobody's: no commit, and a connection more with each request."""
+    """Its Sessions would have no owner: no commit, and one more connection with each request."""
     engine = make_engine(f"sqlite:///{tmp_path / 'other.db'}")
     forgotten = make_registry(engine)
 

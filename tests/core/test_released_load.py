@@ -51,7 +51,7 @@ def stocked(database: Database) -> Database:
 
 @RUNS
 def test_all_are_served_in_the_time_of_one_wait(stocked: Database, run: Run) -> None:
-    """The service answers nobody before all are there: none of them has held the connection."""
+    """The service answers when all are there: none of them has held the connection."""
     assert run(stocked.url, hold=False) == ALL
     assert stocked.notes() == ["after 1"] * REQUESTS + ["there"]
 

@@ -1,4 +1,4 @@
-"""Responses that nobody closes leave nothing."""
+"""Unclosed responses leave nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_request_is_no_cycle(sqlite_registry: scoped_session[Session], body: s
 @pytest.mark.parametrize("commit_on", MOMENTS)
 @pytest.mark.parametrize("body", BLOCK_BY_BLOCK)
 @pytest.mark.parametrize("asked", [0, 1])
-def test_a_response_that_nobody_closes_leaves_nothing(
+def test_an_unclosed_response_leaves_nothing(
     sqlite_database: Database,
     sqlite_registry: scoped_session[Session],
     body: str,

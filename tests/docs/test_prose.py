@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,6 +26,20 @@ PAGES = [
 def test_sentences_are_short_and_have_a_line_each(page: Path) -> None:
     """One sentence a line, one fact a sentence, and none of the words to avoid."""
     assert faults(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("folder", ["wsgi_dbsession", "tests", "examples", "benchmarks"])
+def test_docstrings_and_comments_name_the_actor(folder: str) -> None:
+    """They never say "nobody", in capitals or not: only the system user has that name."""
+    found = []
+    for path in (ROOT / folder).rglob("*.py"):
+        code = path.read_text(encoding="utf-8")
+        prose = re.findall(r"(?:^| )# .*", code, re.MULTILINE)
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                prose.append(ast.get_docstring(node) or "")
+        found += [(path.name, text) for text in prose if re.search(r"(?i)\bnobody\b", text)]
+    assert [each for each in found if each[0] != "test_prose.py"] == []
 
 
 @pytest.mark.parametrize(

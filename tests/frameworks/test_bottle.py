@@ -35,7 +35,7 @@ def test_an_exception_rolls_back_with_and_without_catchall(
     @app.post("/")
     def fail() -> None:
         Session.add(Note(text="lost"))
-        raise RuntimeError("nobody handles this")
+        raise RuntimeError("not handled")
 
     answer = Client(SessionMiddleware(app, Session)).send("POST", "/")
 
@@ -71,7 +71,7 @@ def test_an_error_page_of_ones_own_is_part_of_the_rolled_back_request(shop: Data
 
     @app.post("/")
     def fail() -> None:
-        raise RuntimeError("nobody handles this")
+        raise RuntimeError("not handled")
 
     @app.error(500)
     def page(error: bottle.HTTPError) -> str:
@@ -81,7 +81,7 @@ def test_an_error_page_of_ones_own_is_part_of_the_rolled_back_request(shop: Data
 
     answer = Client(SessionMiddleware(app, Session)).send("POST", "/")
 
-    assert answer.body == b"sorry: nobody handles this"
+    assert answer.body == b"sorry: not handled"
     assert shop.notes() == []
 
 

@@ -25,7 +25,7 @@ class Root:
     @cherrypy.expose
     def raises(self) -> None:
         Session.add(Note(text="lost"))
-        raise RuntimeError("nobody handles this")
+        raise RuntimeError("not handled")
 
     @cherrypy.expose
     def books(self) -> str:

@@ -29,7 +29,7 @@ def add(request: HttpRequest) -> HttpResponse:
 
 def fail(request: HttpRequest) -> HttpResponse:
     Session.add(Note(text="lost"))
-    raise RuntimeError("nobody handles this")
+    raise RuntimeError("not handled")
 
 
 async def add_async(request: HttpRequest) -> HttpResponse:
@@ -60,7 +60,7 @@ def test_the_debug_page_is_a_rollback(client: Client, shop: Database) -> None:
     """With DEBUG Django shows the traceback, in a response with status 500."""
     settings.DEBUG = True
 
-    assert b"nobody handles this" in client.send("GET", "/fail").body
+    assert b"not handled" in client.send("GET", "/fail").body
     assert shop.notes() == []
 
 

@@ -57,7 +57,7 @@ def test_pyramid_tm_without_zope_sqlalchemy_does_no_harm(shop: Database) -> None
 def test_a_session_registered_with_zope_sqlalchemy_is_not_ours(
     pyramid_tm: bool, error: type[BaseException] | None, notes: list[str], database: Database
 ) -> None:
-    """zope.sqlalchemy lets nobody but its transaction manager commit, and says so."""
+    """zope.sqlalchemy lets only its transaction manager commit, and its error says so."""
     registry = scoped_session(sessionmaker(database.engine), scopefunc=current_scope)
     zope.sqlalchemy.register(registry)
 
@@ -111,7 +111,7 @@ def test_an_exception_view_may_use_the_session(shop: Database) -> None:
 
     def fail(request: Request) -> None:
         Session.add(Note(text="view"))
-        raise RuntimeError("nobody handles this")
+        raise RuntimeError("not handled")
 
     def answer_202(error: RuntimeError, request: Request) -> Response:
         Session.add(Note(text="exception view"))

@@ -359,7 +359,7 @@ class Rows(Sized, list[bytes]):
 class Exchange:
     """One response between a server and its client: PEP 3333, without buffering.
 
-    It holds no error: the traceback of one would keep a response alive that nobody closes.
+    It holds no error: the traceback of one would keep an unclosed response alive.
     """
 
     def __init__(
@@ -503,8 +503,8 @@ def frames_of(response: object) -> list[FrameType]:
     """Return the frames of calls that are over, and still have the response.
 
     A Session remembers why its flush failed, with a traceback. From Python 3.12 on that has the
-    calls that a generator was resumed by, so that nobody has let go of the response until the
-    Session is closed.
+    calls that a generator was resumed by, so the response stays referenced until the Session
+    is closed.
     """
     return [
         each

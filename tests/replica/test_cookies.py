@@ -204,7 +204,7 @@ def test_a_two_phase_commit_has_no_position(site: Site) -> None:
 
 
 def test_a_job_commits_as_ever(cluster: PostgresCluster, keep: Keep) -> None:
-    """Outside of requests nobody asks for a position, which costs psycopg2 a round trip."""
+    """Outside of requests no position is asked for, which costs psycopg2 a round trip."""
     url = cluster.primary.url(driver="psycopg2")
     with Proxy.to(url) as proxy:
         primary = keep(create_engine(proxy.url(url)))

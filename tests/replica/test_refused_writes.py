@@ -30,7 +30,7 @@ pytestmark = pytest.mark.xdist_group("replica")
 
 
 def test_a_get_that_writes_runs_again_on_the_primary(site: Site) -> None:
-    """Nobody notices, and the client gets a cookie."""
+    """The client gets its response, and a cookie."""
     client = retrying(site, visit=write(site))
     with behind(*site.cluster.standbys):
         assert client.get("/visit") == str(site.cluster.primary.port)

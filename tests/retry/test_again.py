@@ -1,4 +1,4 @@
-"""A request that lost a race runs again, and nobody notices."""
+"""A request that lost a race runs again, and its client does not notice."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.promise("run again")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_lost_race_is_run_again_and_nobody_notices(
+def test_a_lost_race_is_run_again_unnoticed(
     shape: str, race: Race, postgres_database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The client gets one whole success, its work is committed once, and no error is logged."""

@@ -257,7 +257,7 @@ def test_attempts_may_respond_in_different_ways(plain: scoped_session[Session]) 
 
 
 def test_nothing_is_run_again_for_a_client_that_has_gone(plain: scoped_session[Session]) -> None:
-    """A response that is closed before its first block is wanted by nobody."""
+    """A response that is closed before its first block has no client any more."""
 
     class Failing(Closing):
         def close(self) -> None:

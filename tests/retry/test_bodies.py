@@ -149,7 +149,7 @@ def test_a_body_that_was_read_in_part_is_replayed_and_read_on(
     assert seen == [READERS[reader](io.BytesIO(BODY))]
 
 
-def test_a_body_that_nobody_reads_stays_where_it_is(plain: scoped_session[Session]) -> None:
+def test_an_unread_body_stays_where_it_is(plain: scoped_session[Session]) -> None:
     """The server can go on with it as it likes."""
     source = Socket(BODY)
 

@@ -206,7 +206,7 @@ def test_a_connection_that_was_ended_during_commit_is_never_run_again(
     postgres_database: Database,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """``pg_terminate_backend`` hits a COMMIT: this one did not take place, but nobody can know."""
+    """``pg_terminate_backend`` hits a COMMIT: it did not take place, but no client can know."""
     registry = make_registry(engine)
     attempts: list[None] = []
 

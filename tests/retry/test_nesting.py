@@ -76,7 +76,7 @@ def test_a_lost_race_of_a_request_in_a_request_is_one_of_the_outer(
 def test_the_same_middleware_may_be_called_in_a_request_and_without_protection(
     statement_race: Race, postgres_database: Database
 ) -> None:
-    """A request in a request has an outcome of its own; without an attempt nobody asks for it."""
+    """A request in a request has its own outcome; without an attempt it is not recorded."""
     registry = statement_race.registry
     outer_attempts: list[None] = []
 

@@ -311,7 +311,7 @@ def test_an_interruption_is_never_run_again(
 
 
 def test_a_request_that_is_skipped_is_left_alone(plain: scoped_session[Session]) -> None:
-    """Without a scope nobody knows what was committed: it is passed through."""
+    """Without a scope the middleware cannot know what was committed: it passes it through."""
     work = Restless()
     app = SessionMiddleware(list_app(work), plain, skip=lambda environ: True)
 

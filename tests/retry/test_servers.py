@@ -143,7 +143,7 @@ def prepare(running: Running) -> None:
 
 @pytest.mark.parametrize("clients", [8, 32])
 def test_money_is_neither_lost_nor_made_by_transfers(clients: int, running: Running) -> None:
-    """What was acknowledged is in the database, what was refused is not, and nobody sees a 500.
+    """What was acknowledged is in the database, what was refused is not, and no client gets a 500.
 
     Without the middleware, SERIALIZABLE keeps the money as well, but clients get errors.
     """
@@ -187,7 +187,7 @@ def test_no_shift_is_left_without_a_doctor(clients: int, running: Running) -> No
 
     left = {doctor for (doctor,) in running.fetch("SELECT id FROM doctor WHERE NOT on_call")}
     assert left == {doctor for doctor, status in replies.items() if status == 200}
-    assert len({doctor // 2 for doctor in left}) == len(left), "a shift has nobody"
+    assert len({doctor // 2 for doctor in left}) == len(left), "a shift has no doctor"
     if running.protected:
         assert set(replies.values()) == {200, 409}
         assert len(left) == SHIFTS
@@ -205,7 +205,7 @@ LARGE = random.Random(6).randbytes(MAX_BODY + 1)
     [
         pytest.param("all", b"x" * 70_000, id="read"),
         pytest.param("part", b"y" * 70_000, id="read in part"),
-        # Small: a server may close the connection with a body that nobody has read.
+        # Small: a server may close the connection if a body is unread.
         pytest.param("nothing", b"z" * 100, id="not read"),
         pytest.param("all", LARGE, id="larger than the bound"),
     ],

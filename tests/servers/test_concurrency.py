@@ -171,7 +171,7 @@ def test_a_client_that_goes_away_rolls_back(
 def test_slow_readers_hold_no_connection(
     running: Running, observer: Observer, facts: Facts, token: str
 ) -> None:
-    """With a pool of two, 50 clients that read a finished body byte by byte stop nobody else."""
+    """With a pool of two, 50 clients that read a finished body byte by byte stop no other."""
     server = running.server
     count = 50 if server.at_once != "one" else 3
     readers = []

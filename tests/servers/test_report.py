@@ -19,7 +19,7 @@ if os.environ.get("WSGI_DBSESSION_RECORD"):
 
 
 def test_the_page_is_what_was_written_down() -> None:
-    """docs/servers.md is made from results.json, and by nobody's hand."""
+    """docs/servers.md is made from results.json, not by hand."""
     assert PAGE.read_text() == page(load()), "make docs-servers"
 
 

@@ -162,7 +162,7 @@ def test_two_hundred_streams_hold_no_connection(
 def test_streams_that_hold_exhaust_the_pool(
     streaming: Running, observer: Observer, token: str
 ) -> None:
-    """With ``commit_on="complete"``, so the test above can fail: five streams, and nobody else."""
+    """With ``commit_on="complete"``, so the test above can fail: five streams, and no more."""
     with open_streams(streaming, f"/held/events?run={token}", POOL):
         assert state(streaming, "/held") == {"connections": POOL, "streams": POOL}
         assert len(observer.busy(streaming)) == POOL

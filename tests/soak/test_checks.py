@@ -184,7 +184,7 @@ def test_a_violation_is_found(case: dict[str, Any], found: str) -> None:
 
 
 def test_a_transfer_that_no_client_wanted_is_found() -> None:
-    """The books have a token of nobody."""
+    """The books have a token that no client sent."""
     books = Books([Entry("?", 0, 1, 0)], dict.fromkeys(range(ACCOUNTS), START))
 
     found = audit([], Journal(), books)

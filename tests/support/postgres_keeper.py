@@ -115,7 +115,7 @@ def start(directory: Path, installation: Path) -> subprocess.Popen[bytes]:
                 command, cwd=directory, env=environ, stdout=log, stderr=log, **identity
             )
             if answers(server, data / "postmaster.pid"):
-                # Renamed into place, so that nobody reads one half of it.
+                # Renamed into place, so that no reader gets one half of it.
                 draft = directory / "address.json.new"
                 draft.write_text(json.dumps({"directory": str(directory), "port": port}))
                 draft.rename(directory / "address.json")
@@ -134,7 +134,7 @@ def copy(installation: Path, target: Path) -> Path:
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on."""
+    """Return a TCP port that is free."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

@@ -72,7 +72,7 @@ PROMISES: dict[str, dict[str, str]] = {
     },
     "Nothing is left behind": {
         "cleanup": "Sessions are removed and connections returned, whatever raises.",
-        "unclosed": "A response that nobody closes leaves nothing.",
+        "unclosed": "An unclosed response leaves nothing.",
         "collector": "A finalizer closes Sessions, and sets no context variable.",
         "interruptions": "A connection that was interrupted in a statement is thrown away.",
         "interrupted lines": "An interruption leaves no scope and no connection, at any line.",
@@ -80,7 +80,7 @@ PROMISES: dict[str, dict[str, str]] = {
         "dropped connections": "A dropped connection costs one request, and is not lied about.",
     },
     "Retry": {
-        "run again": "A request that lost a race runs again, and nobody notices.",
+        "run again": "A request that lost a race runs again, and its client does not notice.",
         "never again": "What may have been committed, or was sent, never runs again.",
         "attempts": "Attempts do not know each other, and each reads the whole body.",
         "jobs": "Work outside of requests runs again by the same rules.",
@@ -135,7 +135,7 @@ def read(directory: Path = TESTS) -> dict[str, list[str]]:
 
 
 def complaints(tests: dict[str, list[str]]) -> list[str]:
-    """Return what is wrong: a promise without a test, or a test of one that nobody gave."""
+    """Return what is wrong: a promise without a test, or a test of one that does not exist."""
     return [
         *(f"no test breaks {name!r}" for name in names() if not tests.get(name)),
         *(f"{tests[name]} break {name!r}, which is none" for name in tests.keys() - set(names())),

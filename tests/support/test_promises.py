@@ -8,7 +8,7 @@ from tests.support.promises import PAGE, complaints, marks, names, page, read
 
 
 def test_each_promise_has_a_test() -> None:
-    """And no test is for a promise that nobody gave."""
+    """And no test is for a promise that does not exist."""
     assert complaints(read()) == []
 
 

@@ -224,7 +224,7 @@ def test_an_interrupted_statement_ends_the_isolation(postgres_database: Database
 def test_a_lost_connection_ends_the_isolation(
     postgres_database: Database, postgres_admin: postgres.Admin
 ) -> None:
-    """What was done is gone with it, so nobody goes on; the next isolation is sound."""
+    """What was done is gone with it, so each statement raises; the next isolation is sound."""
     registry = make_registry(postgres_database.engine)
     with problem("was lost"), isolate(registry):
         add(registry, "gone")

@@ -364,7 +364,7 @@ def test_a_pragma_writes_in_whatever_form(sqlite_database: Database, pragma: str
         assert connection.has_written()
 
 
-def test_a_cursor_outside_of_a_transaction_is_nobodys(registry: Registry) -> None:
+def test_a_cursor_outside_of_a_transaction_does_not_count(registry: Registry) -> None:
     """There is no transaction yet that could have written."""
     with isolate(registry):
         with session_scope(registry):

@@ -58,7 +58,7 @@ def test_a_response_that_was_not_closed_is_reported(
 
 
 @pytest.mark.filterwarnings("ignore:.*dropped without close:ResourceWarning")
-def test_a_response_that_nobody_has_any_more_is_no_leak(registry: Registry) -> None:
+def test_a_response_without_references_is_no_leak(registry: Registry) -> None:
     """Also if it lies in a cycle that waits for the collector."""
     with isolate(registry) as outcomes:
         gc.disable()
@@ -153,7 +153,7 @@ def test_a_block_that_was_not_left_is_reported(database: Database, registry: Reg
             session_scope(registry).__enter__()
             registry.add(Note(text=word))
             registry.flush()
-        session_scope(registry).__enter__()  # which nobody uses
+        session_scope(registry).__enter__()  # without a Session
     assert [each.reason for each in outcomes] == ["incomplete", "incomplete", None]
     with pytest.raises(NoScopeError):
         current_scope()

@@ -219,7 +219,7 @@ def test_only_the_last_scopes_are_kept(registry: scoped_session[Session], watch:
     assert sum(place.scopes for place in watch.places()) == 101
 
 
-def test_statements_without_a_scope_count_for_nobody(engine: Engine, watch: Watch) -> None:
+def test_statements_without_a_scope_do_not_count(engine: Engine, watch: Watch) -> None:
     """A connection of the engine's own has no scope to end."""
     with engine.connect() as connection:
         connection.execute(SELECT)

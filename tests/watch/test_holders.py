@@ -42,7 +42,7 @@ def here(_: object) -> str:
 def test_a_request_that_has_asked_is_a_holder(
     registry: scoped_session[Session], watch: Watch
 ) -> None:
-    """Method, path, line, statements and thread are there; afterwards, nobody holds."""
+    """Method, path, line, statements and thread are there; afterwards, no holder is left."""
     seen: list[Any] = []
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:

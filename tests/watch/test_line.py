@@ -100,7 +100,7 @@ def test_a_line_at_another_depth_is_found() -> None:
         assert show_line(call(flat, finder.find)) == "/srv/b.py:2 in other"
 
 
-def test_a_line_of_nobody_is_unknown() -> None:
+def test_a_line_outside_of_the_application_is_unknown() -> None:
     """In a thread that Python runs for SQLAlchemy, for example."""
     namespace: dict[str, Any] = {}
     exec(compiled("run", ORM, "inner(None)"), namespace)

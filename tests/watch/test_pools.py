@@ -297,7 +297,7 @@ def test_engines_of_tables_are_watched_from_the_beginning(
 
 
 def test_two_engines_of_one_database_have_two_names(make_watch: Callable[..., Watch]) -> None:
-    """Or nobody could tell them apart."""
+    """Otherwise the page would show one name twice."""
     engines = [create_engine("sqlite://") for _ in range(3)]
     watch = make_watch(*map(make_registry, engines))
 
@@ -320,7 +320,7 @@ def test_a_registry_that_is_given_twice_counts_once(
 def test_a_connection_of_before_the_watch_is_found_by_its_next_transaction(
     registry: scoped_session[Session], make_watch: Callable[..., Watch]
 ) -> None:
-    """Until then nobody knows who got it."""
+    """Until then the watch does not know its holder."""
     with session_scope(registry, name="before"):
         connection = registry.connection()
         watch = make_watch(registry)

@@ -250,7 +250,7 @@ def test_code_that_a_fetch_calls_for_its_rows_is_warned_of(
     assert message.startswith("connection held without a statement for 0.")
 
 
-def test_without_warn_after_nobody_looks(
+def test_without_warn_after_no_thread_starts(
     registry: scoped_session[Session], make_watch: Callable[..., Watch]
 ) -> None:
     """There is no thread, and nothing is overdue."""
@@ -262,7 +262,7 @@ def test_without_warn_after_nobody_looks(
         assert guards() <= before  # those of other tests may end
 
 
-def test_the_thread_ends_when_nobody_holds(
+def test_the_thread_ends_when_no_connection_is_held(
     registry: scoped_session[Session], watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And another one starts with the next connection."""

@@ -55,7 +55,7 @@ def dispatch(environ: WSGIEnvironment, start_response: StartResponse) -> Iterabl
             return []
         case "POST", "raise":
             Session.add(Note(text="raise"))
-            raise RuntimeError("nobody handles this")
+            raise RuntimeError("not handled")
         case "POST", "refuse":
             Session.add(Note(text="refuse"))
             raise RefusedError

@@ -46,7 +46,7 @@ def add_book() -> None:
 @pages.post("/raise")
 def fail() -> None:
     Session.add(Note(text="raise"))
-    raise RuntimeError("nobody handles this")
+    raise RuntimeError("not handled")
 
 
 @pages.post("/refuse")

@@ -59,7 +59,7 @@ class Root:
     @cherrypy.expose(["raise"])
     def fail(self) -> None:
         Session.add(Note(text="raise"))
-        raise RuntimeError("nobody handles this")
+        raise RuntimeError("not handled")
 
     @cherrypy.expose
     def refuse(self) -> None:

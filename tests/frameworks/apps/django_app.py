@@ -53,7 +53,7 @@ def add_book(request: HttpRequest) -> HttpResponse:
 @require_POST
 def fail(request: HttpRequest) -> HttpResponse:
     Session.add(Note(text="raise"))
-    raise RuntimeError("nobody handles this")
+    raise RuntimeError("not handled")
 
 
 @require_POST

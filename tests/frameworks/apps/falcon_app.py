@@ -43,7 +43,7 @@ class Books:
 class Errors:
     def on_post(self, req: Request, resp: Response) -> None:
         Session.add(Note(text="raise"))
-        raise RuntimeError("nobody handles this")
+        raise RuntimeError("not handled")
 
     def on_post_refuse(self, req: Request, resp: Response) -> None:
         Session.add(Note(text="refuse"))

@@ -48,7 +48,7 @@ def add_book() -> ResponseReturnValue:
 @pages.post("/raise")
 def fail() -> ResponseReturnValue:
     Session.add(Note(text="raise"))
-    raise RuntimeError("nobody handles this")
+    raise RuntimeError("not handled")
 
 
 @pages.post("/refuse")

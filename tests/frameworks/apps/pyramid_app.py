@@ -48,7 +48,7 @@ def add_book(request: Request) -> HTTPSeeOther:
 @view_config(route_name="raise", request_method="POST")
 def fail(request: Request) -> None:
     Session.add(Note(text="raise"))
-    raise RuntimeError("nobody handles this")
+    raise RuntimeError("not handled")
 
 
 @view_config(route_name="refuse", request_method="POST")

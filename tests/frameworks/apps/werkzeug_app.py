@@ -73,7 +73,7 @@ class Application:
 
     def on_fail(self, request: Request) -> Response:
         Session.add(Note(text="raise"))
-        raise RuntimeError("nobody handles this")
+        raise RuntimeError("not handled")
 
     def on_refuse(self, request: Request) -> Response:
         Session.add(Note(text="refuse"))

@@ -197,6 +197,10 @@ def record() -> int:
             for line in file.read_text().splitlines():
                 name, what, value = json.loads(line)
                 results[name][what] = value
+        for name, facts in load().items():
+            # What cannot run here keeps what was seen elsewhere, of the versions that it names.
+            if "not run" in results.get(name, ()):
+                results[name] = facts
     ordered = {name: dict(sorted(facts.items())) for name, facts in results.items()}
     RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
     return 0

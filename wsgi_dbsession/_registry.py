@@ -114,7 +114,7 @@ def _check(registry: scoped_session[Any]) -> None:
     if not issubclass(kind, scoped_session):
         fix = f"Make it by `{_FIX}`"
         if issubclass(kind, (list, tuple, set)):
-            fix = "Pass each as an argument of its own: `SessionMiddleware(app, *registries)`"
+            fix = "Pass each as its own argument: `SessionMiddleware(app, *registries)`"
         msg = f"a session registry must be a scoped_session, got {registry!r}. {fix}"
         raise TypeError(msg)
     factory: Any = registry.session_factory

@@ -1,8 +1,7 @@
 """gevent: ``python gevent_app.py`` serves on http://127.0.0.1:8000/, one greenlet a request.
 
-``/events`` is a stream of Server-Sent Events. Its requests end their transaction before the first
-byte is sent and look at the database in a block of their own later on, so a thousand readers hold
-no connection.
+``/events`` is a stream of Server-Sent Events. It commits before the first byte is sent, and opens
+a block for each later look at the database, so a thousand readers hold no connection.
 """
 
 from __future__ import annotations

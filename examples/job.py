@@ -21,7 +21,7 @@ def remove_empty_notes() -> int:
 
 
 def shout() -> None:
-    with session_scope(Session) as scope:  # a thread opens a scope of its own
+    with session_scope(Session) as scope:  # a thread opens its own scope
         scope.on_commit(lambda: print("the notes are loud now"))
         Session.execute(text("UPDATE note SET text = upper(text)"))
 

@@ -1,4 +1,4 @@
-"""The prose of README.md, docs/ and the notes for contributors keeps to the style guide."""
+"""The prose of docs/ and of the pages beside it keeps to the style guide."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: made from a file elsewhere
 INCLUDED = {"benchmarks.md", "changes.md"}
 PAGES = [
-    *sorted(path for path in ROOT.glob("*.md") if path.name not in ("CHANGES.md", "LICENSE.md")),
+    *sorted(ROOT.glob("*.md")),
     *sorted(path for path in DOCS.rglob("*.md") if path.name not in INCLUDED),
 ]
 

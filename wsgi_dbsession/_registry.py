@@ -111,28 +111,28 @@ def adopt(registries: Iterable[scoped_session[Any]]) -> tuple[SessionRegistry, .
 
 def _check(registry: scoped_session[Any]) -> None:
     kind: type = type(registry)  # callers without a type checker may pass anything
+    fix = f"Make it by `{_FIX}`"
     if not issubclass(kind, scoped_session):
-        fix = f"Make it by `{_FIX}`"
         if issubclass(kind, (list, tuple, set)):
             fix = "Pass each as its own argument: `SessionMiddleware(app, *registries)`"
+        elif isinstance(getattr(registry, "__dict__", {}).get("session"), scoped_session):
+            fix = "Pass its attribute `session`: `SessionMiddleware(app, db.session)`"
         msg = f"a session registry must be a scoped_session, got {registry!r}. {fix}"
         raise TypeError(msg)
     factory: Any = registry.session_factory
     if getattr(registry.registry, "scopefunc", None) is not current_scope:
-        fix = f"Make it by `{_FIX}`"
         classes = getattr(factory, "class_", object).__mro__
         if any(each.__module__.startswith("flask_sqlalchemy.") for each in classes):
             fix = (
-                "Write `db = SQLAlchemy(session_options={'scopefunc': current_scope})`. After "
-                "`db.init_app(app)`, take out its teardown, which removes the Session before the "
-                "commit: `app.teardown_appcontext_funcs.pop()`"
+                "Write `SQLAlchemy(session_options={'scopefunc': current_scope})`, and after "
+                "`db.init_app(app)` take out its teardown: `app.teardown_appcontext_funcs.pop()`"
             )
         # A thread-local registry has no scopefunc at all.
         msg = f"the scopefunc of a session registry must be current_scope, got {registry!r}. {fix}"
         raise ValueError(msg)
     if not isinstance(factory, sessionmaker):
         msg = f"the factory of a session registry must be a sessionmaker, got {factory!r}"
-        raise TypeError(f"{msg}. Make it by `{_FIX}`")
+        raise TypeError(f"{msg}. {fix}")
 
 
 def _adopt(registry: scoped_session[Any]) -> SessionRegistry:

@@ -132,6 +132,9 @@ def test_the_session_of_flask_sqlalchemy() -> None:
     app = Flask("app")
     app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite://"
     db = SQLAlchemy()
+    given: Any = db
+    with pytest.raises(TypeError, match=r"`SessionMiddleware\(app, db\.session\)`"):
+        SessionMiddleware(app.wsgi_app, given)
     with pytest.raises(ValueError, match=r"must be current_scope, got ") as caught:
         SessionMiddleware(app.wsgi_app, db.session)
     make, leave_out = "SQLAlchemy(session_options={'scopefunc': current_scope})", "funcs.pop()"

@@ -27,6 +27,12 @@ Transactions: TypeAlias = "Sequence[tuple[Connection, Transaction]]"
 Truth: TypeAlias = Literal["rolled back", "unknown", "committed", "partly committed"]
 
 
+_ENDED = (
+    "cannot commit: the application has closed, committed or rolled back Session.connection(). "
+    "Call Session.commit() or Session.rollback() instead"
+)
+
+
 class AdoptedSession(Session):
     """A Session that reports what a ``close()`` discards; mixed into the application's class."""
 
@@ -246,21 +252,16 @@ class Commit:
 def _refuse_spoiled(session: Session) -> Transactions:
     """Raise if the transaction cannot be committed any more, before others are committed."""
     found = connections(session)
-    is_open = False
-    for connection, _ in found:
-        driver = connection.connection.dbapi_connection  # raises if it was invalidated
-        if driver is None:
-            msg = (
-                "cannot commit: Session.connection().connection was closed, and so rolled back. "
-                "Remove that line: the Session gives the connection back to its pool"
-            )
-            raise exc.ResourceClosedError(msg)
-        if connection.in_transaction():
-            is_open = True
+    for connection, transaction in found:
+        driver = None if connection.closed else connection.connection.dbapi_connection
+        if driver is not None and transaction.is_active:
             if error := _spoiled.refusal(connection, driver):
                 raise error
-    # A flush that fails rolls back all of them, or to a savepoint. The Session's answer is slow.
-    if (not is_open or session.in_nested_transaction()) and not session.is_active:
+        elif session.is_active:
+            raise exc.InvalidRequestError(_ENDED)
+        else:  # a flush that fails rolls back all of them, or to a savepoint
+            raise _spoiled.explain_refusal()
+    if (not found or session.in_nested_transaction()) and not session.is_active:
         raise _spoiled.explain_refusal()
     return found
 

@@ -12,7 +12,7 @@ import pytest
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import create_engine, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, ResourceClosedError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.pool import StaticPool
 
@@ -476,6 +476,11 @@ def close_connection(registry: Registry) -> None:
     registry.connection().close()
 
 
+def commit_and_go_on(registry: Registry) -> None:
+    registry.connection().commit()
+    insert_by_text(registry)
+
+
 def give_connection_back(registry: Registry) -> None:
     registry.connection().connection.close()
 
@@ -517,21 +522,32 @@ def test_what_was_flushed_before_its_connection_was_closed_is_lost(
     assert database.notes() == ["there"]
 
 
-def test_a_connection_that_was_given_back_cannot_commit(
-    stocked: tuple[Registry, Database],
+@pytest.mark.parametrize(
+    ("end", "kept"),
+    [
+        pytest.param(close_connection, 0, id="closed"),
+        pytest.param(give_connection_back, 0, id="given back"),
+        pytest.param(lambda registry: registry.connection().rollback(), 0, id="rolled back"),
+        pytest.param(lambda registry: registry.connection().commit(), 1, id="committed"),
+        pytest.param(commit_and_go_on, 1, id="committed, and used again"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:transaction already deassociated:sqlalchemy.exc.SAWarning")
+def test_a_connection_whose_transaction_was_ended_cannot_commit(
+    stocked: tuple[Registry, Database], end: Work, kept: int
 ) -> None:
-    """It was rolled back then, and the error says so."""
+    """The Session still believes in that transaction."""
     registry, database = stocked
 
     with (
-        pytest.raises(ResourceClosedError, match="Remove that line"),
+        pytest.raises(InvalidRequestError, match=r"Call Session\.commit\(\) or Session\.rollback"),
         session_scope(registry) as s,
     ):
         insert_by_text(registry)
-        give_connection_back(registry)
+        end(registry)
 
     assert (s.outcome, s.reason) == ("rollback", "rolled back")
-    assert database.notes() == ["there"]
+    assert len(database.notes()) == 1 + kept
 
 
 @pytest.mark.parametrize("write", [insert_by_text, flush])

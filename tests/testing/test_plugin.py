@@ -214,6 +214,26 @@ def test_a_fixture_may_return_a_single_registry(shop: pytest.Pytester) -> None:
     assert rows(shop) == 0
 
 
+def test_a_fixture_that_returns_no_registry_is_explained(shop: pytest.Pytester) -> None:
+    """Such as the extension of a framework, which has one."""
+    shop.makeini("[pytest]")
+    shop.makepyfile(
+        """
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def session_registries():
+            return object()
+
+        def test_it(dbsession_isolation):
+            pass
+        """
+    )
+    result = run(shop)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*a session registry must be a scoped_session, got <object*"])
+
+
 @pytest.mark.promise("constructors")
 @pytest.mark.parametrize(
     ("line", "complaint"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from wsgi_dbsession.testing._isolation import Isolation, open_isolation
 from wsgi_dbsession.testing._outcomes import Recorded, record_outcomes
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Generator
     from typing import TypeAlias
 
     from wsgi_dbsession._scope import Scope
@@ -87,8 +88,11 @@ def _find(name: str) -> scoped_session[Any]:
 
 
 def _all(registries: _Registries) -> tuple[scoped_session[Any], ...]:
-    # To iterate over a scoped_session is to iterate over its Session.
-    return (registries,) if isinstance(registries, scoped_session) else tuple(registries)
+    # A scoped_session is iterable, like its Session. What is neither has an error of its adoption.
+    kind: type = type(registries)  # a fixture may return anything
+    given: Any = registries
+    single = issubclass(kind, scoped_session) or not issubclass(kind, Iterable)
+    return (given,) if single else tuple(given)
 
 
 @contextlib.contextmanager

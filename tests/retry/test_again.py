@@ -231,6 +231,40 @@ def test_a_later_error_of_the_database_is_the_cause(statement_race: Race) -> Non
     assert statement_race.attempts == 1
 
 
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_an_exception_that_is_handled_during_a_rollback_is_no_cause(
+    where: str, statement_race: Race
+) -> None:
+    """The database did not report it, so a lost race that became an error page runs again."""
+
+    def call_while_handling(function: Callable[[], object]) -> None:
+        try:
+            raise KeyError
+        except KeyError:
+            function()
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        status = "200 OK"
+        try:
+            statement_race.run()
+        except OperationalError:
+            status = "503 Service Unavailable"
+            if where == "inside":
+                call_while_handling(statement_race.registry.rollback)
+        start_response(status, TEXT)
+        return [b"done"]
+
+    def request() -> None:
+        drive(protect(app, statement_race.registry), "POST")
+
+    if where == "around":
+        call_while_handling(request)
+    else:
+        request()
+
+    assert statement_race.attempts == 2
+
+
 def test_what_an_error_was_caused_by_counts(statement_race: Race) -> None:
     """An application's own exception, raised from a lost race, is a lost race."""
 

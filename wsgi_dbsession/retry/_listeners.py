@@ -73,9 +73,11 @@ def _on_commit(session: Session) -> None:
 
 
 def _on_soft_rollback(_: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is None or transaction.nested:
+        return  # not of a flush, and an unrelated exception may be handled meanwhile
     # A flush may fail with an error that the database knows nothing of: StaleDataError.
     error = sys.exc_info()[1]
-    if error is not None and not transaction.nested and not isinstance(error, DBAPIError):
+    if error is not None and not isinstance(error, DBAPIError):
         for attempt in attempts():
             attempt.note(error)
 

@@ -74,13 +74,8 @@ def is_retryable(error: BaseException) -> bool:
 
 def attempts() -> list[Attempt]:
     """Return the attempts that are made here, the innermost first."""
-    found: list[Attempt] = []
-    for scope in scopes():
-        attempt = attempt_of(scope)
-        # A request in a request may have got a copy of its environ.
-        if attempt is not None and attempt not in found:
-            found.append(attempt)
-    return found
+    # A request in a request may have got a copy of its environ: then one attempt is here twice.
+    return [attempt for scope in scopes() if (attempt := attempt_of(scope)) is not None]
 
 
 def attempt_of(scope: Scope) -> Attempt | None:
@@ -103,7 +98,6 @@ class Attempt:
         "_is_indirect",
         "_loose",
         "_may_go_on",
-        "_read_only",
         "_refused",
         "_retry_connect",
         "committed",
@@ -140,7 +134,6 @@ class Attempt:
         self._is_indirect = False
         # Left the pool, but not for a Session. What is dead already counts: it was used.
         self._loose: tuple[weakref.ref[PoolProxiedConnection], ...] = ()
-        self._read_only: tuple[weakref.ref[Connection], ...] = ()
         self._refused: tuple[weakref.ref[BaseException], ...] = ()
 
     # -- what the core tells ----------------------------------------------------------------------
@@ -157,9 +150,9 @@ class Attempt:
 
     def will_retry(self, scope: Scope, failure: BaseException) -> bool:
         """Return whether another attempt follows this failed commit."""
-        if scope.reason == "rolled back" and isinstance(failure, Exception):
+        if isinstance(failure, Exception):
             # If commit_error answers, nothing else shows the failure.
-            self.reason = self.why(failure) or self.reason
+            self.reason = self.why(failure)
             if self.is_followed(failure):
                 self.unlogged = failure
                 return True
@@ -179,9 +172,7 @@ class Attempt:
         """Record that a connection left its pool."""
         if is_standby(proxy.dbapi_connection):
             return  # where a replica was asked how far it is, say
-        # Once only: a listener may ask the pool for another one, which comes the same way.
-        others = [ref for ref in self._loose if ref() is not proxy]
-        self._loose = (*others, weakref.ref(proxy))
+        self._loose = (*self._loose, weakref.ref(proxy))
 
     def begin(
         self, session: Session, transaction: SessionTransaction, connection: Connection
@@ -219,7 +210,7 @@ class Attempt:
     def roll_back(self, driver: Any) -> None:
         """Record a ROLLBACK, which undoes nothing if the driver was told to commit by itself."""
         if autocommits(driver) and not refuses_writes(driver):
-            self.committed = self.committed or _AUTOCOMMIT
+            self.committed = _AUTOCOMMIT
 
     def fail(self, context: ExceptionContext) -> bool:
         """Record an error of the database.
@@ -231,9 +222,7 @@ class Attempt:
         if connection is None:
             self._fail_to_connect(error)
             return False
-        for ref in self._read_only:
-            if ref() is connection:
-                self._see_autocommit(connection)
+        self._see_autocommit(connection)  # a standby may have been promoted meanwhile
         committing, self._committing = self._committing, False
         if committing:
             unknown = context.is_disconnect or not is_refusal(error)
@@ -262,14 +251,8 @@ class Attempt:
         if connection.closed or connection.invalidated or is_read_only(connection):
             return
         driver = connection.connection.dbapi_connection
-        if not (is_autocommit(connection) or autocommits(driver)):
-            return
-        if refuses_writes(driver):
-            # Asked again after its errors: the standby may be promoted meanwhile.
-            others = [ref for ref in self._read_only if ref() not in (None, connection)]
-            self._read_only = (*others, weakref.ref(connection))
-        else:
-            self.committed = self.committed or _AUTOCOMMIT
+        if (is_autocommit(connection) or autocommits(driver)) and not refuses_writes(driver):
+            self.committed = _AUTOCOMMIT
 
     # -- what it comes to -------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from typing import TYPE_CHECKING
 
@@ -50,15 +49,8 @@ class Body:
             return kept
         return kept + self._record(self._source.readline, rest)
 
-    def readlines(self, hint: int | None = -1, /) -> list[bytes]:
-        lines: list[bytes] = []
-        total = 0
-        for line in self:
-            lines.append(line)
-            total += len(line)
-            if hint is not None and 0 < hint <= total:
-                break
-        return lines
+    def readlines(self, _: int | None = -1, /) -> list[bytes]:
+        return list(self)  # PEP 3333: a server is free to ignore the hint
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self.readline, b"")
@@ -84,20 +76,17 @@ class Body:
         if self._ended:
             return b""
         block = read(*size)
+        self._size += len(block)
+        self._position = self._size
         if not block:
             # Not asked again: on some servers that would wait for the next request.
             self._ended = True
-            return block
-        if not self.is_lost():
-            self._size += len(block)
-            self._position = self._size
-            if self.is_lost():
-                self._drop()
-            else:
-                if self._file is None:
-                    self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - see __del__
-                self._file.seek(0, io.SEEK_END)
-                self._file.write(block)
+        elif self.is_lost():
+            self._drop()
+        else:
+            if self._file is None:
+                self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - see __del__
+            self._file.write(block)
         return block
 
     def _drop(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 from typing import TYPE_CHECKING, Any
 from wsgiref.validate import validator
 
@@ -247,6 +248,28 @@ def test_a_body_is_kept_on_disk_beyond_some_size(plain: scoped_session[Session])
     assert seen == [body] * 3
 
 
+def test_a_body_larger_than_the_bound_takes_no_place_on_disk(
+    plain: scoped_session[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was kept of it is given up at once, and the rest is not kept."""
+    files: list[Any] = []
+    make = tempfile.TemporaryFile
+
+    def make_file(**options: Any) -> Any:
+        files.append(make(**options))
+        return files[-1]
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        for _ in iter(lambda: environ["wsgi.input"].read(50_000), b""):
+            pass
+        assert [file.closed for file in files] == [True]
+        start_response("200 OK", SIZED)
+        return [b"done"]
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", make_file)
+    drive(protect(app, plain, max_body=100_000), "POST", bytes(300_000), CONTENT_LENGTH="")
+
+
 class Strict:
     """A stream that refuses what PEP 3333 does not ask for: as the reference validator's does."""
 
@@ -255,6 +278,7 @@ class Strict:
 
     def read(self, size: int, /) -> bytes:
         """Refuse to read without a size."""
+        assert size >= -1
         return self._body.read(size)
 
     def readline(self, *size: int) -> bytes:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import subprocess
+import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -54,6 +57,51 @@ def test_a_job_that_swallowed_a_lost_race_is_run_again(
 
     run_transaction(job, statement_race.registry, backoff=0)
     assert postgres_database.notes() == statement_race.done()
+
+
+def test_a_job_pauses_before_each_further_attempt(
+    plain: scoped_session[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default, there are three attempts, and a pause between two of them."""
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    with pytest.raises(Retry):
+        run_transaction(Restless(), plain)
+    assert len(pauses) == 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "run_transaction(work, Session)",
+        "RetryMiddleware(SessionMiddleware(work, Session))({}, None)",
+    ],
+    ids=["a job", "a request"],
+)
+def test_the_first_one_of_a_process_sees_its_commits(call: str) -> None:
+    """Whichever of the two an application uses, nothing else has to be called before."""
+    script = f"""
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import scoped_session, sessionmaker
+from wsgi_dbsession import SessionMiddleware, current_scope
+from wsgi_dbsession.retry import Retry, RetryMiddleware, run_transaction
+
+Session = scoped_session(sessionmaker(create_engine("sqlite://")), scopefunc=current_scope)
+
+def work(*request):
+    print("attempt")
+    Session.execute(text("SELECT 1"))
+    Session.commit()
+    raise Retry
+
+try:
+    {call}
+except Retry:
+    print("failed")
+"""
+    output = subprocess.check_output([sys.executable, "-c", script], text=True)
+    assert output.split() == ["attempt", "failed"]
 
 
 def test_the_last_error_of_a_job_is_raised(race: Race) -> None:

@@ -96,6 +96,8 @@ def test_a_write_is_refused_by_the_server(statement: str, engine: Engine, reads:
         connection.execute(text(statement))
 
     assert is_refused_write(caught.value)
+    assert caught.value.orig is not None
+    assert is_refused_write(caught.value.orig)
     (note,) = notes(caught.value)
     assert "current_scope().read_only = False" in note
     assert count(engine) == 1

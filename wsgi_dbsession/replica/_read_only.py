@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Engine, create_engine, event, make_url
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.exc import InvalidRequestError
 
 from wsgi_dbsession._driver import READ_ONLY, codes
 from wsgi_dbsession._report import add_note
@@ -117,7 +117,7 @@ def is_refused_write(error: BaseException) -> bool:
     if any(code in _REFUSED for code in codes(error)):
         return True
     # The code, SQLITE_READONLY, is an attribute from Python 3.11 on only.
-    return isinstance(error, DBAPIError) and "attempt to write a readonly" in str(error.orig)
+    return "attempt to write a readonly database" in str(getattr(error, "orig", error))
 
 
 def _startup_parameter(url: URL, connect_args: dict[str, Any]) -> dict[str, Any]:

@@ -71,6 +71,20 @@ def test_a_job_pauses_before_each_further_attempt(
     assert len(pauses) == 2
 
 
+def test_the_number_of_attempts_may_be_large(plain: scoped_session[Session]) -> None:
+    """Whoever lets ``timeout`` be the limit may have thousands."""
+    attempts = 0
+
+    def job() -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 1100:
+            raise Retry
+
+    run_transaction(job, plain, attempts=10_000, backoff=0, timeout=600)
+    assert attempts == 1100
+
+
 @pytest.mark.parametrize(
     "call",
     [

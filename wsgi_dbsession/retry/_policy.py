@@ -118,11 +118,9 @@ class Run(ABC):
 
         :param error: what was raised; None where the failure shows in the response only.
         """
-        unlogged, attempt.unlogged = attempt.unlogged, None
-        reason, obstacle = attempt.why(error), attempt.obstacle()
+        reason, obstacle, unlogged = attempt.why(error), attempt.obstacle(), attempt.unlogged
         what = (self.describe(), self.number, self.attempts)
         if obstacle == UNKNOWN and not attempt.is_logged:
-            attempt.is_logged = True
             message = (
                 "not retrying %s: attempt %d of %d lost its connection during COMMIT, "
                 "outcome unknown"

@@ -58,6 +58,24 @@ def test_what_is_written_counts_with_what_is_returned(registry: scoped_session[S
     assert order(protected).body == b"abc"
 
 
+def test_a_response_that_write_completes_is_stored_by_then(
+    registry: scoped_session[Session],
+) -> None:
+    """Its client may repeat the request while the application still runs."""
+    again: list[bytes] = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        write = start_response("200 OK", [TEXT, ("Content-Length", "2")])
+        write(b"a")
+        write(b"b")
+        again.append(order(protected).body)
+        return []
+
+    protected = protect(app, registry)
+    order(protected)
+    assert again == [b"ab"]
+
+
 def test_a_stream_after_a_write_is_done(registry: scoped_session[Session]) -> None:
     """It is marked once, and its response is not stored."""
 

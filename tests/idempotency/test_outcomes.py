@@ -342,6 +342,22 @@ def test_an_error_page_of_a_framework_gets_through(work: Any, place: Place) -> N
     assert (place.notes(), place.keys()) == (["first"], [])
 
 
+def test_an_error_page_that_is_streamed_gets_through(place: Place) -> None:
+    """The key cannot be stored before it, nor between its blocks."""
+    registry = place.registry()
+    with session_scope(registry):
+        registry.add(Note(id=1, text="first"))
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        with contextlib.suppress(SQLAlchemyError):
+            fail_in_a_flush(registry)
+        start_response("500 Internal Server Error", [])
+        return iter([b"so", b"rry"])
+
+    assert order(protect(app, registry)).body == b"sorry"
+    assert (place.notes(), place.keys()) == (["first"], [])
+
+
 @pytest.mark.parametrize("status", ["201 Created", "500 Internal Server Error"])
 def test_a_flush_that_failed_before_write_is_an_error(status: str, place: Place) -> None:
     """The application catches what ``write()`` raises, too; an error page gets through."""

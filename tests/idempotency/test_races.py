@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 from typing import TYPE_CHECKING, Any
+from wsgiref.util import FileWrapper
 
 import pytest
 from sqlalchemy import event, select, text
@@ -483,3 +485,47 @@ def test_a_key_is_found_when_the_purge_comes_between(postgres: Place) -> None:
     assert not order(app).is_replayed
     assert shop.calls == 2
     assert order(app, key=KEY).is_replayed
+
+
+@pytest.mark.parametrize(
+    "when", ["after write()", "before the last block", "after it", "in close()"]
+)
+def test_a_key_that_was_taken_keeps_every_database_from_committing(
+    when: str, postgres: Place
+) -> None:
+    """A response lost its key by a rollback: that is known before the first commit."""
+    other, registry = postgres.registry(), postgres.registry()
+
+    def lose_the_key() -> None:
+        registry.rollback()
+        assert order(protect(Shop(registry), registry)).status == "201 Created"
+        other.add(Note(text="too late"))
+        registry.add(Note(text="too late"))
+
+    class Stream(list[bytes]):
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"a"
+            if when == "before the last block":
+                lose_the_key()
+            yield b"b"
+            if when == "after it":
+                lose_the_key()
+
+        def close(self) -> None:
+            if when == "in close()":
+                lose_the_key()
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        length = [("Content-Length", "2")] if when == "before the last block" else []
+        write = start_response("200 OK", length)
+        if when == "after write()":
+            write(b"a")
+            lose_the_key()
+            return FileWrapper(io.BytesIO(b"b"))
+        return Stream()
+
+    inner = Idempotency(app, registry, KEYS, principal=user_of, max_response=1)
+    moment: Any = "close" if when == "in close()" else "complete"
+    with pytest.raises(Exception, match="took the Idempotency-Key"):
+        order(SessionMiddleware(inner, other, registry, commit_on=moment))
+    assert postgres.notes() == ["tea"]

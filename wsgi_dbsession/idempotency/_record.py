@@ -56,7 +56,6 @@ def respond(
     except BaseException as error:
         with contextlib.suppress(BaseException):  # the first error is the one to raise
             close(result)
-        recording.failure = None  # it refers to this frame
         if isinstance(error, Taken):
             return in_progress().respond(recording, sys.exc_info())
         raise
@@ -140,7 +139,7 @@ class Recording:
         """
         if self.failure is not None:
             raise self.failure  # the application caught it, out of write()
-        self._row.check()
+        self.renew()
         kind = type(result)
         if kind is list or kind is tuple:
             if self._status is not None:  # or the SessionMiddleware refuses it
@@ -188,11 +187,10 @@ class Recording:
     def _read(self, body: Body) -> None:
         """Read blocks until the body is complete."""
         expected = self._expected()
-        if self._length < expected:
-            for block in body.read_ahead():
-                self._add(block)
-                if self._length >= expected:
-                    break
+        for block in body.read_ahead():
+            self._add(block)
+            if self._length >= expected:
+                break
 
     def _add(self, block: bytes) -> None:
         self._length += len(block)
@@ -203,16 +201,13 @@ class Recording:
 
     def _mark(self) -> None:
         """Store that the request is done, and that its response is not stored."""
-        if self._is_marked:
-            self.renew()
-        else:
+        if not self._is_marked:
             self._is_marked = True
             self._save(None)
 
     def _store(self) -> None:
         """Store the response, of which the body is complete."""
         if self._is_stored:
-            self.renew()
             return
         self._is_stored = True
         # What is longer or shorter than it claims to be is cut, and so would its replay be.

@@ -141,6 +141,21 @@ def test_a_commit_after_a_rollback_fails_if_the_key_was_taken(catches: bool, pla
     assert place.notes() == ["tea"]
 
 
+def test_a_conflict_over_a_key_that_was_lost_is_a_409(postgres: Place) -> None:
+    """At REPEATABLE READ, PostgreSQL reports 40001: the winner is not in the snapshot."""
+    registry = postgres.registry(isolation_level="REPEATABLE READ")
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        registry.rollback()
+        registry.execute(text("SELECT count(*) FROM note"))
+        order(protect(Shop(registry), registry))
+        start_response("201 Created", [])
+        return [b"paid"]
+
+    assert order(protect(app, registry)).code == "in_progress"
+    assert postgres.notes() == ["tea"]
+
+
 def test_of_two_commits_after_a_rollback_one_takes_place(place: Place) -> None:
     """Both requests have lost the key: the database gives it to the first commit."""
     registry = place.registry()

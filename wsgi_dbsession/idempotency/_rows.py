@@ -142,13 +142,16 @@ class Rows:
             .where(table.c.id == claim.id, table.c.claim == claim.token)
             .values(claim=claim.token, **response)
         )
+        taken = _TIMEOUTS
         try:
-            updated = self._connect(session).execute(statement).rowcount
-            return bool(updated) or self._insert(session, claim, response)
+            if self._connect(session).execute(statement).rowcount:
+                return True
+            taken |= _RACES  # with another request that inserts the key
+            return self._insert(session, claim, response)
         except IntegrityError:
             return False
         except DBAPIError as error:
-            if _is_one_of(_TIMEOUTS, error):
+            if _is_one_of(taken, error):
                 return False
             raise
 

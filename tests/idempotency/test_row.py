@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import FileWrapper
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 
 from tests.idempotency.shop import KEYS, PATIENCE, Note, Reply, Shop, order, protect, race, user_of
 from tests.support.errors import AppError, raise_error
 from tests.support.wsgi import make_registry
-from wsgi_dbsession import SessionMiddleware, current_scope
-from wsgi_dbsession.idempotency import Idempotency
+from wsgi_dbsession import SessionMiddleware, current_scope, session_scope
+from wsgi_dbsession.idempotency import Idempotency, purge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -134,6 +135,8 @@ def test_a_commit_after_a_rollback_fails_if_the_key_was_taken(catches: bool, pla
                 if not catches:
                     raise
                 registry.rollback()
+                with session_scope(other):  # this request must not take it again
+                    purge(other, KEYS, older_than=timedelta(0))
         start_response("201 Created", [])
         return [b"paid"]
 
@@ -262,6 +265,26 @@ def test_a_savepoint_that_is_rolled_back_does_not_take_the_key_along(
 
 
 # -- responses that were stored before ------------------------------------------------------------
+
+
+def test_a_savepoint_costs_no_statement_for_the_key(
+    registry: scoped_session[Session], sqlite: Place
+) -> None:
+    """The row is outside of it, and is written again only if it may have been rolled back."""
+    statements: list[str] = []
+
+    def work(text: str) -> None:
+        for _ in range(3):
+            with registry.begin_nested():
+                registry.add(Note(text="in a savepoint"))
+
+    @event.listens_for(sqlite.engines[-1], "before_cursor_execute")
+    def see(*arguments: Any) -> None:
+        if KEYS.name in arguments[2]:
+            statements.append(arguments[2].split()[0])
+
+    order(protect(Shop(registry, work), registry))
+    assert statements == ["INSERT", "UPDATE"]
 
 
 def test_a_rollback_after_a_whole_response_was_written_does_no_harm(place: Place) -> None:

@@ -34,14 +34,12 @@ class Written:
     :param table: the table of keys.
     """
 
-    __slots__ = ("__weakref__", "_connection", "_has_written", "_table", "_transaction")
+    __slots__ = ("__weakref__", "_connection", "_has_written", "_table")
 
     def __init__(self, session: Any, connection: Connection, table: Table) -> None:
-        transaction: Any = session.get_transaction()
         self._table = table
         self._has_written = False
-        # Weak ones, or the connection would be part of a cycle.
-        self._transaction = weakref.ref(transaction)
+        # A weak one, or the connection would be part of a cycle.
         self._connection = weakref.ref(connection)
         # SQLAlchemy 2.0 refuses a listener of the connections of isolate().
         with contextlib.suppress(InvalidRequestError):
@@ -56,7 +54,6 @@ class Written:
             or self._has_written
             or has_changes(session)
             or session.dbsession_flushed is not None
-            or session.get_transaction() is not self._transaction()
         ):
             return wrote
         others = [each for each, _ in connections(session) if each is not self._connection()]

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 _VERSION = "1"
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
-_PLACE = re.compile(r"([0-9a-f]{1,8})-([0-9a-f]{1,16})")
 
 
 class Position(NamedTuple):
@@ -73,6 +72,7 @@ class Cookies:
             msg = f"max_age must be at least 1 second, got {max_age!r}"
             raise ValueError(msg)
         self.name = name
+        self._named = re.compile(f"{re.escape(name)}-([0-9a-f]{{1,8}})-([0-9a-f]{{1,16}})")
         self._key = key
         self._max_age = max_age
         self._attributes = f"Path=/; HttpOnly; SameSite=Lax{'; Secure' * secure}"
@@ -106,10 +106,7 @@ class Cookies:
     def _read(self, header: str) -> Iterator[Position]:
         for pair in header.split(";"):
             name, _, value = pair.strip().partition("=")
-            place = name.startswith(f"{self.name}-") and _PLACE.fullmatch(
-                name[len(self.name) + 1 :]
-            )
-            if place:
+            if place := self._named.fullmatch(name):
                 position = Position(int(place[1], 16), int(place[2], 16))
                 _, expected = self._write(position)
                 if hmac.compare_digest(value.encode("latin-1", "replace"), expected.encode()):

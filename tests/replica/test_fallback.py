@@ -71,7 +71,7 @@ def test_a_pause_saves_the_attempts(
 
 
 def test_a_pooled_connection_that_is_dead_is_not_the_end(
-    cluster: PostgresCluster, keep: Keep
+    cluster: PostgresCluster, keep: Keep, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The question for the position finds it, and the primary answers the request."""
     url = cluster.standbys[0].url()
@@ -83,6 +83,7 @@ def test_a_pooled_connection_that_is_dead_is_not_the_end(
         proxy.cut()
 
         assert client.get() == f"1 on {cluster.primary.port}"
+    assert "not reading from replica" in caplog.text
 
 
 def test_a_dead_connection_without_a_question_is_retried_on_the_primary(

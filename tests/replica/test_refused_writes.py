@@ -196,3 +196,29 @@ def test_a_primary_at_autocommit_refuses_the_writes_of_a_read_only_scope(
         registry.execute(insert)
         registry.rollback()
         assert registry.scalar(select(func.count()).select_from(Note)) == 1
+
+
+def test_the_primary_in_place_of_a_replica_keeps_its_isolation_level(
+    cluster: PostgresCluster, keep: Keep
+) -> None:
+    """Only one at AUTOCOMMIT gets another, for it has no transaction to make read-only."""
+    url = cluster.primary.url()
+    primary = keep(create_engine(url, isolation_level="SERIALIZABLE"))
+    nowhere = keep(read_only_engine(url.set(port=1)))
+    replicas = Replicas(primary, [nowhere], secret=SECRET)
+    registry = scoped_session(sessionmaker(class_=replicas.Session), scopefunc=current_scope)
+
+    with session_scope(registry, read_only=True):
+        assert registry.scalar(text("SHOW transaction_isolation")) == "serializable"
+
+
+def test_a_plain_engine_whose_replica_was_promoted_refuses_writes(
+    cluster: PostgresCluster, keep: Keep
+) -> None:
+    """The address of a replica may lead to a primary, which would execute them."""
+    site = Site(cluster, keep, [create_engine(cluster.primary.url())])
+
+    with pytest.raises(DBAPIError) as caught, session_scope(site.registry, read_only=True):
+        write(site)()
+
+    assert is_refused_write(caught.value)

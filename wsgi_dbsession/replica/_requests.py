@@ -10,7 +10,7 @@ from sqlalchemy import event
 from wsgi_dbsession._driver import autocommits
 
 from ._commit import Commit
-from ._position import NOWHERE, START
+from ._position import NOWHERE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +38,7 @@ class Request:
     def position(self) -> Position:
         """Return the position that a replica must have replayed."""
         if self._needed is None:
-            self._needed = self._cookies.position(self._header) if self._header else START
+            self._needed = self._cookies.position(self._header)
         return self._needed if self._written is None else self._needed.join(self._written)
 
     def note(self, position: Position) -> None:

@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bars, growth, held, overhead, replica, report, scale, throughput
+from benchmarks import bars, growth, held, overhead, replica, report, rules, scale, throughput
 from benchmarks.applications.common import make_engine, prepare_database
 from tests.support import postgres
 
 PARTS: dict[str, Any] = {
     "bars": bars,
+    "rules": rules,
     "overhead": overhead,
     "held": held,
     "throughput": throughput,

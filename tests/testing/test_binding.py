@@ -83,7 +83,7 @@ def test_an_engine_bound_meanwhile_stays(database: Database, registry: Registry)
     """An application that is made in the isolation and configures its registry keeps that."""
     with isolate(registry):
         registry.session_factory.configure(bind=database.observer)
-        with pytest.raises(RuntimeError, match="past the isolation"):
+        with pytest.raises(RuntimeError, match="outside of the isolation"):
             add(registry, "outside")
     assert registry.session_factory.kw["bind"] is database.observer
     assert database.notes() == []
@@ -91,7 +91,7 @@ def test_an_engine_bound_meanwhile_stays(database: Database, registry: Registry)
 
 def flush_past_the_isolation(registry: Registry) -> None:
     """Use a Session that is older than the isolation, which is refused."""
-    with pytest.raises(RuntimeError, match="past the isolation"), session_scope(registry):
+    with pytest.raises(RuntimeError, match="outside of the isolation"), session_scope(registry):
         registry()
         with isolate(registry):
             registry.add(Note(text="outside"))
@@ -121,7 +121,8 @@ def test_a_transaction_from_before_refuses_the_isolation(
     database: Database, registry: Registry, kept: str
 ) -> None:
     """A fixture opens a scope and reads, then one isolates: what the test writes would stay."""
-    with pytest.raises(RuntimeError, match="past the isolation"), contextlib.ExitStack() as test:
+    refused = pytest.raises(RuntimeError, match="outside of the isolation")
+    with refused, contextlib.ExitStack() as test:
         test.enter_context(session_scope(registry))
         registry.scalars(select(Note)).all()
         with isolate(registry):
@@ -179,7 +180,7 @@ def test_a_transaction_from_before_is_refused_without_a_scope(
     """That of another thread, for example: no scope leads to it."""
     with registry.session_factory() as session:
         session.scalars(select(Note)).all()
-        with isolate(registry), pytest.raises(RuntimeError, match="past the isolation"):
+        with isolate(registry), pytest.raises(RuntimeError, match="outside of the isolation"):
             write(session)
     assert database.notes() == []
 
@@ -210,7 +211,7 @@ def test_an_isolation_refuses_after_another_one_has_ended(
     if inner_first:
         isolations.reverse()
     isolations[0].__exit__(None, None, None)
-    with pytest.raises(RuntimeError, match="past the isolation"):
+    with pytest.raises(RuntimeError, match="outside of the isolation"):
         _flush(session)
     session.close()
     isolations[1].__exit__(None, None, None)

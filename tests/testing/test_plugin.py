@@ -375,7 +375,7 @@ def test_an_isolation_that_cannot_begin_fails_even_after_a_failure(shop: pytest.
     )
     result = run(shop)
     result.assert_outcomes(failed=2)
-    result.stdout.fnmatch_lines(["*past the isolation*"])
+    result.stdout.fnmatch_lines(["*outside of the isolation*"])
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Which of the transactions that take turns on one connection has done what."""
+"""Record what each transaction on the shared connection has done."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ class Account:
         self._savepoints = savepoints
         self._deferred = deferred_constraints(outer.connection)
         self._active: IsolatedTransaction | None = None  # whose settings are in force
-        self._unsure: IsolatedTransaction | None = None  # who may have written since `_written`
-        self._written: int | None = None
+        # The transaction that may have written since `_rows_written` was read.
+        self._possible_writer: IsolatedTransaction | None = None
+        self._rows_written: int | None = None
 
     def switch(self, transaction: IsolatedTransaction) -> None:
-        """Switch to a transaction after others: restore its settings, count its writes."""
+        """Pause the active transaction, and resume this one with its settings."""
         if self._active is not transaction:
             self.pause()
             if not self._outer.is_aborted():
@@ -37,14 +38,14 @@ class Account:
             self._active = transaction
 
     def pause(self, *, ending: IsolatedTransaction | None = None) -> None:
-        """Keep the writes, settings and violations of the transaction that was active."""
-        self.count()
+        """Save the writes, settings and violations of the active transaction."""
+        self.count_rows()
         active, self._active = self._active, None
         if active in (None, ending) or not active.is_open:
             return
         if not self._outer.is_aborted():
             self.settings.save(active)
-            if self._savepoints.wrote(active):
+            if self._savepoints.has_written(active):
                 others = (each.violations for each in self.open if each is not active)
                 active.violations = self._deferred.find() - sum(others, Counter[Any]())
 
@@ -53,51 +54,59 @@ class Account:
         me = threading.get_ident()
         return [each for each in self.open if each.thread != me]
 
-    def expect(self, transaction: IsolatedTransaction, statement: object, text: str) -> None:
-        """Expect what a statement, a string or ``Compiled``, is about to write."""
+    def record_statement(
+        self, transaction: IsolatedTransaction, statement: object, text: str
+    ) -> None:
+        """Record what a statement is going to write.
+
+        :param statement: a string or ``Compiled``.
+        """
         selects = getattr(getattr(statement, "statement", None), "is_select", False)
         counted = self._outer.counts_rows and writes_only_rows(text)
         if selects or counted or looks_read_only(text):
-            self.doubt(transaction)
+            self.record_possible_write(transaction)
         else:
-            self.wrote(transaction)
+            self.record_write(transaction)
         if not self._outer.is_aborted():
-            self.settings.remember(transaction, session_settings(text))
+            self.settings.record(transaction, session_settings(text))
 
-    def wrote(self, transaction: IsolatedTransaction) -> None:
-        """Write it down as the one that writes now."""
+    def record_write(self, transaction: IsolatedTransaction) -> None:
+        """Record that a transaction writes."""
         self._savepoints.stack[-1].writers.add(transaction)
-        self._unsure = self._written = None
+        self._possible_writer = self._rows_written = None
 
-    def doubt(self, transaction: IsolatedTransaction) -> None:
-        """Find out later whether it has written: by a function, or on the driver's connection."""
+    def record_possible_write(self, transaction: IsolatedTransaction) -> None:
+        """Record that a transaction may write, in a function or on the driver's connection.
+
+        The next call of :meth:`count_rows` decides.
+        """
         if transaction in self._savepoints.stack[-1].writers:
-            self._written = None  # it may go on, which is then not counted as another one's work
-        elif self._unsure is None:
-            if self._written is None and not self._outer.is_aborted():
-                self._written = self._outer.rows_written()
-            self._unsure = transaction
+            self._rows_written = None  # the next one must not be charged with what this one writes
+        elif self._possible_writer is None:
+            if self._rows_written is None and not self._outer.is_aborted():
+                self._rows_written = self._outer.rows_written()
+            self._possible_writer = transaction
 
-    def count(self) -> None:
-        """Find out now."""
-        transaction, self._unsure = self._unsure, None
+    def count_rows(self) -> None:
+        """Record the possible writer as a writer, if rows have been written since."""
+        transaction, self._possible_writer = self._possible_writer, None
         if transaction is not None:
             if self._outer.is_aborted():
-                self.wrote(transaction)
+                self.record_write(transaction)
                 return
-            before, self._written = self._written, self._outer.rows_written()
-            if self._written != before:
+            before, self._rows_written = self._rows_written, self._outer.rows_written()
+            if self._rows_written != before:
                 self._savepoints.stack[-1].writers.add(transaction)
 
     def check_deferred(self, transaction: IsolatedTransaction) -> None:
-        """Fail as COMMIT would: the release of a savepoint checks no deferred constraint.
+        """Fail as COMMIT would: releasing a savepoint does not check deferred constraints.
 
-        :raises sqlalchemy.exc.DBAPIError: one is violated.
+        :raises sqlalchemy.exc.DBAPIError: a constraint is violated.
         """
-        self.count()
-        if self._savepoints.wrote(transaction):
+        self.count_rows()
+        if self._savepoints.has_written(transaction):
             others = [each for each in self.open if each is not transaction]
             excused = None
-            if any(self._savepoints.wrote(each) for each in others):
+            if any(self._savepoints.has_written(each) for each in others):
                 excused = sum((each.violations for each in others), Counter[Any]())
             self._deferred.check(excused)

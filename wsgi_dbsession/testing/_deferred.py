@@ -1,4 +1,4 @@
-"""The constraints that only COMMIT checks: the release of a savepoint does not."""
+"""The deferred constraints: COMMIT checks them, but the release of a savepoint does not."""
 
 from __future__ import annotations
 
@@ -42,46 +42,46 @@ _DUPLICATES = """
     WHERE pg_constraint.oid = {oid} AND attrelid = conrelid
     GROUP BY conrelid
 """
-# By the kind of constraint. There is none for exclusion constraints and triggers.
+# By the kind of constraint. Exclusion constraints and triggers have no such query.
 _VIOLATIONS = {"f": _ORPHANS, "u": _DUPLICATES, "p": _DUPLICATES}
 _DEFERRED_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE '%DEFERRED%'"
 
 
 class DeferredConstraints:
-    """The deferred constraints of a database that has none."""
+    """The deferred constraints of a database, by default none."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     def _execute(self, statement: str) -> Any:
-        # Without parameters, a percent sign in a name is no placeholder.
+        # Without parameters, so that a percent sign in a name is not a placeholder.
         return self._connection.exec_driver_sql(
             statement, execution_options={"no_parameters": True}
         )
 
     def find(self) -> Counter[Any]:
-        """Return what violates them now; it changes nothing."""
+        """Return the current violations. Nothing is changed."""
         return Counter()
 
     def check(self, excused: Counter[Any] | None) -> None:
         """Fail as COMMIT would.
 
-        :param excused: the violations of other transactions that are open; None if none of them
-            has written.
+        :param excused: the violations of the other open transactions; None if none of them has
+            written.
         :raises sqlalchemy.exc.DBAPIError: a constraint is violated.
         """
         del excused
 
 
 class PostgresConstraints(DeferredConstraints):
-    """Those of PostgreSQL, which checks all of the outer transaction at once."""
+    """The deferred constraints of PostgreSQL, which checks the whole outer transaction at once."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
         self._errors: dict[str, exc.DBAPIError] = {}
 
     def find(self) -> Counter[Any]:
-        """Return what violates them now; it changes nothing."""
+        """Return the current violations. Nothing is changed."""
         constraints = self._execute(_DEFERRABLE).all()
         found: Counter[Any] = Counter()
         if not constraints or self._holds("ALL"):
@@ -89,7 +89,7 @@ class PostgresConstraints(DeferredConstraints):
         for oid, name, _, kind in constraints:
             if not self._holds(name):
                 rows = self._rows(_VIOLATIONS.get(kind), oid)
-                # The error names the row that was violated first, by whichever transaction.
+                # The error names the first violation only, which may be of another transaction.
                 found.update((name, row) for row in rows or [str(self._errors[name].orig)])
         return found
 
@@ -104,11 +104,11 @@ class PostgresConstraints(DeferredConstraints):
             self._execute("SET CONSTRAINTS ALL IMMEDIATE")
         deferred = [name for _, name, initially, _ in constraints if initially]
         if deferred:
-            # The next transaction begins with the constraints as they were declared.
+            # The next transaction must find the constraints as they were declared.
             self._execute(f"SET CONSTRAINTS {', '.join(deferred)} DEFERRED")
 
     def _holds(self, name: str) -> bool:
-        """Return whether a constraint is fulfilled. Its check stays pending."""
+        """Return whether a constraint is satisfied. Its check stays pending."""
         try:
             with self._undoing():
                 self._execute(f"SET CONSTRAINTS {name} IMMEDIATE")
@@ -122,7 +122,7 @@ class PostgresConstraints(DeferredConstraints):
         if query is None:
             return []
         with contextlib.suppress(exc.DBAPIError), self._undoing():
-            # The role of a transaction may read less than another one's.
+            # The current role may lack privileges to read what another transaction has written.
             self._execute("SET LOCAL SESSION AUTHORIZATION DEFAULT")
             self._execute("SET LOCAL ROLE NONE")
             return [*self._execute(self._execute(query.format(oid=oid)).scalar_one()).scalars()]
@@ -139,14 +139,14 @@ class PostgresConstraints(DeferredConstraints):
 
 
 class SQLiteConstraints(DeferredConstraints):
-    """Those of SQLite, which counts violations in the outer transaction."""
+    """The deferred foreign keys of SQLite, which are checked when the outer transaction ends."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
         self._before = self.find()
 
     def find(self) -> Counter[Any]:
-        """Return the rows that violate a foreign key that only COMMIT checks."""
+        """Return the rows that violate a deferred foreign key."""
         found: Counter[Any] = Counter()
         if self._execute("PRAGMA foreign_keys").scalar():
             if self._execute("PRAGMA defer_foreign_keys").scalar():

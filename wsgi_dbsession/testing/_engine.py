@@ -1,4 +1,4 @@
-"""The engine and the connections that take the place of the application's own."""
+"""The engine and the connections that replace the application's own."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from ._savepoints import Savepoint
     from ._shared import SharedConnection
 
-# What belongs to a transaction from its begin: the outer one has begun already.
+# Options that apply from the begin of a transaction: the outer one has already begun.
 _FIXED = ("isolation_level", "postgresql_readonly", "postgresql_deferrable")
 
 
 class IsolatedEngine(OptionEngine):
-    """What a registry is bound to: the engine's options and listeners, the shared connection."""
+    """An engine on the shared connection, with the options and listeners of the original."""
 
     def __init__(
         self, engine: Engine, shared: SharedConnection, options: dict[str, Any] | None = None
@@ -36,11 +36,11 @@ class IsolatedEngine(OptionEngine):
         return IsolatedConnection(self)
 
     def execution_options(self, **opt: Any) -> IsolatedEngine:
-        """Return an engine with other options, on the same shared connection."""
+        """Return an engine with other options on the same shared connection."""
         return IsolatedEngine(self, self.shared, _without_fixed(opt))
 
     def raw_connection(self) -> Any:
-        """Refuse to return a connection that is outside of the isolation.
+        """Refuse to return a connection outside of the isolation.
 
         :raises RuntimeError: always.
         """
@@ -55,15 +55,15 @@ class IsolatedEngine(OptionEngine):
 class IsolatedConnection(Connection):
     """A Connection whose transactions are savepoints of the shared connection.
 
-    Overridden is the layer between SQLAlchemy's transaction objects and its dialects, and what
-    would end or replace the driver's connection.
+    It overrides the layer between SQLAlchemy's transaction objects and its dialects, and the
+    methods that would close or replace the driver's connection.
     """
 
     def __init__(self, engine: IsolatedEngine) -> None:
         self.shared = engine.shared
         self.isolated = IsolatedTransaction()
         self._is_beginning = False
-        # Without events at first: "engine_connect" is for a connection fresh from the pool.
+        # Without events, so that "engine_connect" is not called: the connection is not new.
         super().__init__(
             engine, self.shared.driver_connection(), _has_events=False, _allow_revalidate=False
         )
@@ -74,14 +74,14 @@ class IsolatedConnection(Connection):
 
     @property
     def connection(self) -> PoolProxiedConnection:
-        """The connection of the driver, to which the application may do anything."""
+        """The driver's connection, on which the application may write without this class."""
         if not self._is_beginning:
             self.shared.before_driver(self.isolated)
         return super().connection
 
     def _begin_impl(self, transaction: RootTransaction) -> None:
         self._begin()
-        # In SQLAlchemy's recipe for SQLite, a listener of this event sends the BEGIN.
+        # SQLAlchemy's recipe for SQLite has a listener of this event that emits BEGIN.
         if self.dialect.name != "sqlite":
             self._is_beginning = True
             try:
@@ -98,7 +98,7 @@ class IsolatedConnection(Connection):
 
     def _begin(self) -> None:
         self.isolated = IsolatedTransaction()
-        self._set: dict[str, Savepoint] = {}
+        self._named: dict[str, Savepoint] = {}
         self.shared.begin(self.isolated)
 
     def _commit_impl(self) -> None:
@@ -126,24 +126,24 @@ class IsolatedConnection(Connection):
     def _savepoint_impl(self, name: str | None = None) -> str:
         self.dispatch.savepoint(self, name)
         savepoint = self.shared.set_savepoint(self.isolated)
-        self._set[savepoint.name] = savepoint
+        self._named[savepoint.name] = savepoint
         return savepoint.name
 
     def _rollback_to_savepoint_impl(self, name: str) -> None:
         self.dispatch.rollback_savepoint(self, name, None)
-        self.shared.rollback_savepoint(self._set.pop(name))
+        self.shared.rollback_savepoint(self._named.pop(name))
 
     def _release_savepoint_impl(self, name: str) -> None:
         self.dispatch.release_savepoint(self, name, None)
-        self.shared.release_savepoint(self._set.pop(name))
+        self.shared.release_savepoint(self._named.pop(name))
 
     def _execute_context(
         self, dialect: Any, constructor: Any, statement: Any, *arguments: Any, **options: Any
     ) -> Any:
-        # Not in a listener of "before_cursor_execute", which is called with a cursor.
+        # A listener of "before_cursor_execute" would be too late: it is called with a cursor.
         if self.get_transaction() is None and not self.isolated.is_open:
             self.begin()
-        with self.shared.working(self.isolated):
+        with self.shared.in_use_by(self.isolated):
             self.shared.before_statement(self.isolated, statement)
             result = super()._execute_context(
                 dialect, constructor, statement, *arguments, **options
@@ -156,26 +156,26 @@ class IsolatedConnection(Connection):
             return result
 
     def execution_options(self, **opt: Any) -> Connection:
-        """Set options, but those of a transaction: the outer one has begun."""
+        """Set options, except those of a transaction, because the outer one has begun."""
         return super().execution_options(**_without_fixed(opt))
 
     def has_written(self) -> bool:
         """Return whether its transaction has written something that was not rolled back.
 
-        The database would answer for all transactions of the isolation.
+        The database could answer only for all transactions of the isolation together.
         """
         return self.shared.has_written(self.isolated)
 
     def invalidate(self, exception: BaseException | None = None) -> None:
-        """Lose the shared connection if it is broken; a rollback follows in any case."""
-        # Without an exception, it is a precaution after an interruption: a statement that was
-        # interrupted calls this itself, with its exception.
+        """Invalidate the shared connection if it is broken. SQLAlchemy rolls back in any case."""
+        # Without an exception, the call is a precaution after an interruption. A statement that
+        # was interrupted has already called this, with its exception.
         if exception is not None:
-            self.shared.loss.break_off()
+            self.shared.loss.mark_broken()
             super().invalidate(exception)
 
     def close(self) -> None:
-        """Roll back the transaction, and leave the driver's connection to the others."""
+        """Roll back the transaction, and keep the driver's connection open for others."""
         try:
             transaction = self.get_transaction()
             if transaction is not None:

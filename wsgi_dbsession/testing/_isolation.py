@@ -1,9 +1,8 @@
-"""Isolation: every scope in one transaction that is rolled back."""
+"""Isolation: all scopes work in one transaction, which is rolled back."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import threading
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,11 @@ from wsgi_dbsession._scope import find_scope
 
 from ._engine import IsolatedEngine
 from ._outcomes import record_outcomes
-from ._outsiders import refuse_begun, refuse_later
+from ._outsiders import refuse_open_transactions, refuse_outsiders
 from ._shared import SharedConnection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Generator
 
     from sqlalchemy.orm import scoped_session, sessionmaker
     from sqlalchemy.pool import Pool
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
     from wsgi_dbsession._scope import Scope
 
     from ._outcomes import Recorded
-    from ._savepoints import IsolatedTransaction
+    from ._savepoints import Savepoint
 
 
 @contextlib.contextmanager
 def isolate(*registries: scoped_session[Any], wait: float = 5) -> Generator[list[Recorded]]:
-    """Roll back at the end whatever is done in the block.
+    """Roll back everything that is done in the block.
 
     ::
 
@@ -43,9 +42,9 @@ def isolate(*registries: scoped_session[Any], wait: float = 5) -> Generator[list
             client.post("/notes", data={"text": "gone soon"})
             assert outcomes[-1].outcome == "commit"
 
-    Every request and every ``session_scope`` in the block works on one connection for each engine,
-    in one outer transaction. There the application commits, rolls back, sets savepoints and fails
-    as in production. In an isolation inside of another one, the inner one's work is undone first.
+    Every request and every ``session_scope`` in the block uses one connection per engine, in one
+    outer transaction. The application commits, rolls back, sets savepoints and fails in it as in
+    production. Isolations can be nested: the inner one undoes its own work at its end.
 
     :param registries: the application's ``scoped_session`` objects.
     :param wait: how many seconds a transaction of another thread waits for its turn.
@@ -53,10 +52,11 @@ def isolate(*registries: scoped_session[Any], wait: float = 5) -> Generator[list
     :raises TypeError: see :class:`wsgi_dbsession.session_scope`; or if a registry is bound to a
         Connection.
     :raises ValueError: likewise; or if a registry is not bound to an engine.
-    :raises RuntimeError: at once, if an active scope has a Session whose transaction has begun; or
-        at the end of the block, if a scope or a transaction was left open, if a rollback has
-        undone what another transaction had committed, or if the outer transaction was ended, so
-        that rows remain in the database.
+    :raises RuntimeError: at the start, if an active scope has a Session in a transaction.
+    :raises RuntimeError: at the end, if a scope or a transaction is still open, or if a rollback
+        has undone what another transaction had committed.
+    :raises RuntimeError: at the end, if the outer transaction was lost, for example by a textual
+        ``COMMIT``. Rows may remain in the database then.
     """
     with open_isolation(registries, wait) as isolation:
         yield isolation.outcomes
@@ -69,14 +69,14 @@ def open_isolation(
     """Do the same as :func:`isolate`, and return the isolation itself."""
     adopt(registries)
     checked = tuple(dict.fromkeys(registries))
-    refuse_begun(registry.session_factory for registry in checked)
+    refuse_open_transactions(registry.session_factory for registry in checked)
     problems: list[str] = []
     with record_outcomes(*checked) as outcomes:
         isolation = Isolation(outcomes, wait)
-        isolation.undone.callback(lambda: problems.extend(isolation.find_faults()))
+        isolation.cleanup.callback(lambda: problems.extend(isolation.find_faults()))
         try:
-            with isolation.undone:
-                # First those that another isolation has bound: the rest may share its connection.
+            with isolation.cleanup:
+                # Bind those of an outer isolation first: the others may share its connection.
                 for registry in sorted(checked, key=_is_outside):
                     isolation.bind(registry.session_factory)
                 try:
@@ -93,12 +93,12 @@ def open_isolation(
 
 
 def _end_scopes(outcomes: list[Recorded]) -> list[str]:
-    """End the scopes that are open, so that later tests are unaffected.
+    """Close the open scopes, so that later tests are unaffected, and return the problems.
 
     A response that a test client has read but not closed is not reported: its outcome is known.
     """
     if _open(outcomes):
-        gc.collect()  # which closes responses that nothing but a cycle refers to
+        gc.collect()  # closes responses that are garbage in a reference cycle
     problems = [
         f"the scope of {record.name} was never ended. It was opened at {record.opened}. "
         "Close the response of a request, and leave a session_scope block"
@@ -130,7 +130,7 @@ def _abandon(scope: Scope) -> None:
             scope.close(complete=False)
         finally:
             scope.leave_block()
-    # Else it is active in another thread or generator, and its next statement raises.
+    # Otherwise it is active in another thread or generator, where its next statement raises.
 
 
 def _is_outside(registry: scoped_session[Any]) -> bool:
@@ -138,15 +138,15 @@ def _is_outside(registry: scoped_session[Any]) -> bool:
 
 
 class Isolation:
-    """The connections of one ``isolate`` block, and how to get back to what was before."""
+    """The connections of one ``isolate`` block, and the callbacks that restore the registries."""
 
     def __init__(self, outcomes: list[Recorded], wait: float) -> None:
         self.outcomes = outcomes
-        self.undone = contextlib.ExitStack()
+        self.cleanup = contextlib.ExitStack()
         self._wait = wait
         self._lock = threading.RLock()
         self._shared: dict[Pool, SharedConnection] = {}
-        self._unended: dict[SharedConnection, Callable[[], list[IsolatedTransaction]]] = {}
+        self._levels: dict[SharedConnection, Savepoint] = {}
         self._engines: dict[Engine, IsolatedEngine] = {}
         self._factories: set[sessionmaker[Any]] = set()
 
@@ -154,25 +154,25 @@ class Isolation:
     def open_scope(self, registries: tuple[scoped_session[Any], ...]) -> Generator[Scope]:
         """Open a scope for the test itself, and roll it back.
 
-        If that undoes what requests have committed, it is not reported: the test is over.
+        If that undoes what requests have committed, it is not a problem: the test is over.
         """
         with session_scope(*registries, name="dbsession_scope") as scope:
             try:
                 yield scope
             finally:
                 scope.doom()
-                for shared in self._unended:
+                for shared in self._levels:
                     shared.savepoints.reporting = False
-        for shared in self._unended:
+        for shared in self._levels:
             shared.savepoints.reporting = True
 
     def bind(self, factory: sessionmaker[Any]) -> None:
-        """Bind a session factory to the shared connections until the end."""
+        """Bind a session factory to the shared connections until the isolation ends."""
         if factory in self._factories:
             return
         self._factories.add(factory)
         bind, binds = factory.kw.get("bind"), factory.kw.get("binds")
-        if bind is None:  # a class of Sessions may have one, as those of wsgi_dbsession.replica
+        if bind is None:  # a Session class may have one, such as those of wsgi_dbsession.replica
             bind = getattr(factory.class_, "dbsession_bind", None)
         chooses = factory.class_.get_bind is not Session.get_bind
         if bind is None and not binds and not chooses:
@@ -181,7 +181,7 @@ class Isolation:
                 "Session.configure(bind=engine) before isolate(Session)"
             )
             raise ValueError(msg)
-        refuse_later(factory, self.undone)
+        refuse_outsiders(factory, self.cleanup)
         if chooses:
             self._bind_choice(factory)
         bound: dict[str, Any] = {}
@@ -191,10 +191,10 @@ class Isolation:
             bound["binds"] = {key: self.engine(each) for key, each in binds.items()}
         before = {name: factory.kw.get(name) for name in bound}
         factory.configure(**bound)
-        self.undone.callback(_restore, factory, bound, before)
+        self.cleanup.callback(_restore, factory, bound, before)
 
     def _bind_choice(self, factory: sessionmaker[Any]) -> None:
-        """Isolate what ``get_bind()`` returns, where the Session class has one of its own."""
+        """Isolate the engines that the Session class's own ``get_bind()`` returns."""
         chooser = factory.class_
         isolated = self.engine
 
@@ -202,10 +202,10 @@ class Isolation:
             return isolated(chooser.get_bind(self, *arguments, **options))
 
         factory.class_ = type(chooser.__name__, (chooser,), {"get_bind": get_bind})
-        self.undone.callback(setattr, factory, "class_", chooser)
+        self.cleanup.callback(setattr, factory, "class_", chooser)
 
     def engine(self, bind: Engine | Connection) -> IsolatedEngine:
-        """Return the isolated engine in place of this one."""
+        """Return the isolated engine that replaces this one."""
         if isinstance(bind, Connection):
             msg = (
                 f"a registry must be bound to an engine to be isolated, got {bind!r}: call "
@@ -221,34 +221,33 @@ class Isolation:
     def _isolate(self, engine: Engine) -> IsolatedEngine:
         if isinstance(engine, IsolatedEngine):
             self._shared[engine.pool] = shared = engine.shared
-            if shared not in self._unended:
+            if shared not in self._levels:
                 self._open_level(shared)
             return engine
-        # Engine.execution_options() makes engines that share a pool, and so its connections.
+        # Engine.execution_options() returns an engine on the same pool.
         if engine.pool not in self._shared:
             shared = self._shared[engine.pool] = SharedConnection(engine, self._wait)
-            self.undone.callback(shared.end)
+            self.cleanup.callback(shared.end)
             self._open_level(shared)
         return IsolatedEngine(engine, self._shared[engine.pool])
 
     def _open_level(self, shared: SharedConnection) -> None:
-        level = shared.open_level()
-        self.undone.callback(shared.close_level, level)
-        self._unended[shared] = functools.partial(shared.unended, level)
+        self._levels[shared] = level = shared.open_level()
+        self.cleanup.callback(shared.close_level, level)
 
     def find_open(self) -> list[str]:
-        """Return which transactions are open."""
+        """Return the problems: the open transactions."""
         return [
             f"a transaction was never ended. It was begun at {transaction.opened}. Commit, "
             "roll back or close its Session or Connection"
-            for unended in self._unended.values()
-            for transaction in unended()
+            for shared, level in self._levels.items()
+            for transaction in shared.open_transactions(level)
         ]
 
     def find_faults(self) -> list[str]:
-        """Return what was not isolated. Call it when everything else is done."""
+        """Return the problems of the isolation itself. Call this last."""
         faults: list[str] = []
-        for shared in self._unended:
+        for shared in self._levels:
             faults += shared.savepoints.problems
             shared.savepoints.problems.clear()
             if shared.loss.message is not None:
@@ -257,5 +256,5 @@ class Isolation:
 
 
 def _restore(factory: sessionmaker[Any], bound: dict[str, Any], before: dict[str, Any]) -> None:
-    # Not what the application has configured itself meanwhile.
+    # The application may have configured another engine since, which must stay.
     factory.configure(**{k: v for k, v in before.items() if factory.kw.get(k) is bound[k]})

@@ -1,4 +1,4 @@
-"""How an isolation notices that its outer transaction, or one of its savepoints, is gone."""
+"""Detect that the outer transaction of an isolation, or one of its savepoints, is gone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ._outer import OuterTransaction
     from ._savepoints import Savepoints
 
-_BROKEN = "the connection that the isolation shares was lost, and all that was done on it"
+_BROKEN = "the connection of the isolation was lost, with all that was done on it"
 _HOW = {
     True: "the outer transaction of the isolation was committed, so the rows that were written in "
     "it remain in the database: delete them.",
@@ -32,40 +32,43 @@ _INSTEAD = (
 
 
 class Loss:
-    """What became of the outer transaction, if the isolation has lost it."""
+    """Whether and how the isolation has lost its outer transaction."""
 
     def __init__(self, outer: OuterTransaction, savepoints: Savepoints) -> None:
         self.message: str | None = None
-        """How it was lost; None as long as it is there."""
+        """How it was lost; None until then."""
 
         self._outer = outer
         self._savepoints = savepoints
 
-    def break_off(self) -> None:
-        """Remember that the connection is broken."""
+    def mark_broken(self) -> None:
+        """Record that the connection is broken."""
         self.message = self.message or _BROKEN
 
-    def look(self) -> None:
-        """Notice a broken connection."""
+    def check_connection(self) -> None:
+        """Record it if the connection is broken."""
         if self._outer.connection.invalidated:
-            self.break_off()
+            self.mark_broken()
 
     def check(self) -> None:
         """Raise if the outer transaction is lost."""
-        self.look()
+        self.check_connection()
         if self.message is None and self._outer.has_ended():
             self._find()
         if self.message is not None:
             raise RuntimeError(self.message)
 
     @contextlib.contextmanager
-    def noticing(self) -> Generator[None]:
-        """Notice that a savepoint is gone, and the outer transaction with it."""
+    def detecting(self) -> Generator[None]:
+        """Detect that a savepoint is gone, perhaps with the outer transaction.
+
+        :raises RuntimeError: a statement in the block has failed.
+        """
         try:
             yield
         except exc.DBAPIError as error:
             if self._outer.connection.invalidated:
-                self.break_off()
+                self.mark_broken()
             else:
                 try:
                     self._savepoints.undo(self._savepoints.stack[0])

@@ -1,4 +1,4 @@
-"""What became of each scope, for tests to look at."""
+"""Record the outcome of each scope, for the assertions of tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Recorded:
-    """One scope, as a test sees it: ``assert outcomes[-1].reason == "veto"``."""
+    """The record of one scope: ``assert outcomes[-1].reason == "veto"``."""
 
     __slots__ = ("ended", "hooks", "name", "opened", "scope", "settled")
 
@@ -28,22 +28,23 @@ class Recorded:
     """``"POST /notes"`` for a request, ``"session_scope"`` for a block."""
 
     opened: str
-    """The line that opened it: of the test or the application, not of a library."""
+    """The line of the test or the application that opened it, not a line of a library."""
 
     settled: list[tuple[Outcome, Reason]]
-    """Each outcome in order: what works on after the first one has a second one.
+    """Every outcome, in order.
 
-    A stream may, and a hook that reads. Above stands the first.
+    A scope that works on after its first outcome has another one, such as a stream. ``outcome``
+    and ``reason`` are those of the first.
     """
 
     hooks: list[Callable[..., object]]
     """The hooks that ran, in order."""
 
     ended: bool
-    """Whether its response was closed or its block left, so that its Sessions are gone."""
+    """Whether its response was closed or its block left. Its Sessions are closed then."""
 
     scope: Scope | None
-    """The scope itself until it has ended."""
+    """The scope itself; None when it has ended."""
 
     def __init__(self, scope: Scope) -> None:
         self.name = scope.name
@@ -55,7 +56,7 @@ class Recorded:
 
     @property
     def outcome(self) -> Outcome | None:
-        """The outcome: None while it is undecided, or if no Session was asked for."""
+        """The outcome; None while it is undecided, or if no Session was used."""
         return self._first()[0]
 
     @property
@@ -66,7 +67,7 @@ class Recorded:
     def _first(self) -> tuple[Outcome | None, Reason | None]:
         if self.settled:
             return self.settled[0]
-        # A response that was dropped has an outcome, but its finalizer tells no observer.
+        # A response that was dropped has an outcome, but its finalizer notifies no observer.
         scope = self.scope
         return (None, None) if scope is None else (scope.outcome, scope.reason)
 
@@ -77,11 +78,11 @@ class Recorded:
 
 
 class _Recorder(Observer):
-    """Keeps a list of what becomes of scopes."""
+    """Keeps a list of the scopes and their outcomes."""
 
     def __init__(self) -> None:
         self.outcomes: list[Recorded] = []
-        # A test may clear the list above, or take from it.
+        # A copy, because a test may clear or change the list above.
         self._open: list[Recorded] = []
 
     def _find(self, scope: Scope) -> Recorded:
@@ -111,7 +112,7 @@ class _Recorder(Observer):
 
 @contextlib.contextmanager
 def record_outcomes(*registries: scoped_session[Any]) -> Generator[list[Recorded]]:
-    """Record every scope of these registries that is opened in the block, in any thread.
+    """Record each scope of these registries that is opened in the block, in any thread.
 
     ::
 
@@ -120,7 +121,7 @@ def record_outcomes(*registries: scoped_session[Any]) -> Generator[list[Recorded
         assert outcomes[-1].reason == "veto"
 
     :param registries: the application's ``scoped_session`` objects.
-    :return: the list that grows with each scope, in the order in which they were opened.
+    :return: the list of the scopes, in the order in which they are opened.
     :raises TypeError: see :class:`wsgi_dbsession.session_scope`.
     :raises ValueError: likewise.
     """

@@ -1,4 +1,4 @@
-"""The outer transaction of an isolation, on its own connection, and its state."""
+"""The outer transaction of an isolation, its connection and its state."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from wsgi_dbsession._driver import is_aborted
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-# PQTRANS_IDLE of libpq, as psycopg and psycopg2 show it, and the status of PostgreSQL's protocol,
-# as pg8000 keeps it.
+# libpq's PQTRANS_IDLE, which psycopg and psycopg2 expose, and the status byte of PostgreSQL's
+# protocol, which pg8000 stores.
 _IDLE = (0, b"I")
 
-# Of MySQL's protocol, as PyMySQL keeps it.
+# A flag of MySQL's protocol, which PyMySQL stores.
 _SERVER_STATUS_IN_TRANS = 1
 
-# Left to itself, sqlite3 begins before the first INSERT, UPDATE or DELETE: a savepoint before that
+# By default, sqlite3 begins only before an INSERT, UPDATE or DELETE, and a savepoint before that
 # would be a transaction itself. See "Transactions with SQLite and the sqlite3 driver" in
-# SQLAlchemy's documentation. MySQL begins with the first access to a table.
+# SQLAlchemy's documentation. MySQL begins at the first access to a table.
 _BEGIN_LATE = ("sqlite", "mysql", "mariadb")
 
 _SETTING = "wsgi_dbsession.isolation"
-# Where rows are not counted: each savepoint that has written or locked a row has such a lock.
+# If rows are not counted: each savepoint that has written or locked a row has such a lock.
 _ROWS_WRITTEN = """
     SELECT CASE WHEN current_setting('track_counts') = 'on' THEN (
         SELECT sum(
@@ -47,15 +47,14 @@ class OuterTransaction:
     """A transaction that is never committed."""
 
     def __init__(self, engine: Engine) -> None:
-        # Without events, so that listeners are called neither for our statements nor for a second
-        # BEGIN.
+        # Without events, so that the isolation's own statements and its BEGIN call no listener.
         self.connection = Connection(engine, _has_events=False)
         self._began = False
         self._pid = os.getpid()
         self._thread = threading.get_ident()
 
     def begin(self) -> None:
-        """Begin it."""
+        """Begin the transaction."""
         connection = self.connection
         self._dialect = connection.dialect.name
         driver: Any = connection.connection.dbapi_connection
@@ -75,7 +74,7 @@ class OuterTransaction:
             connection.execute(select(func.pg_catalog.set_config(_SETTING, self._token, False)))
 
     def is_inherited(self) -> bool:
-        """Return whether it is that of the parent process."""
+        """Return whether the parent process began it."""
         return os.getpid() != self._pid
 
     def check_place(self) -> None:
@@ -97,7 +96,7 @@ class OuterTransaction:
             raise RuntimeError(msg)
 
     def has_ended(self) -> bool:
-        """Return whether the driver knows of no transaction. False if it cannot tell."""
+        """Return whether the driver reports that no transaction is open. False if unknown."""
         driver = self.driver
         if (status := _libpq_status(driver)) is not None:
             return status in _IDLE
@@ -107,16 +106,16 @@ class OuterTransaction:
         return isinstance(server_status, int) and not server_status & _SERVER_STATUS_IN_TRANS
 
     def is_aborted(self) -> bool:
-        """Return whether PostgreSQL accepts nothing but a rollback, after a failed statement."""
+        """Return whether PostgreSQL accepts only a rollback, after a failed statement."""
         return bool(is_aborted(self.driver))
 
     @property
     def counts_rows(self) -> bool:
-        """Whether rows_written() has a number."""
+        """Whether rows_written() returns a number."""
         return self._dialect in ("sqlite", "postgresql")
 
     def rows_written(self) -> int | None:
-        """Return a number that grows with each row that is written, or None if there is none."""
+        """Return a number that grows with each row that is written. None if not supported."""
         if self._dialect == "sqlite":
             written: int = self.driver.total_changes
             return written
@@ -127,7 +126,7 @@ class OuterTransaction:
     def was_committed(self) -> bool | None:
         """Return whether the transaction, which has ended, was committed. None if unknown."""
         with contextlib.suppress(Exception):
-            self.driver.rollback()  # what has been done since
+            self.driver.rollback()  # undoes what followed
             if self._dialect == "sqlite":
                 read = self.connection.exec_driver_sql
                 committed = read("PRAGMA temp.user_version").scalar() == 1
@@ -139,7 +138,7 @@ class OuterTransaction:
         return None
 
     def end(self) -> None:
-        """Roll back, and give the connection back to its pool."""
+        """Roll back, and return the connection to its pool."""
         try:
             if self._began and not self.has_ended():
                 self.connection.exec_driver_sql("ROLLBACK")
@@ -147,8 +146,8 @@ class OuterTransaction:
             self.connection.close()
 
     def discard(self) -> None:
-        """Roll back, and do not let the pool use the connection again."""
-        # In-memory databases of SQLite live as long as their connection.
+        """Roll back, and discard the connection."""
+        # An in-memory SQLite database is lost with its connection.
         if self._dialect == "sqlite":
             self.end()
         else:

@@ -1,4 +1,4 @@
-"""Sessions that work outside of an isolation, because they were made before it."""
+"""Refuse Sessions that are outside of an isolation, for example because they are older."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 
-def refuse_begun(factories: Iterable[sessionmaker[Any]]) -> None:
-    """Refuse an isolation in a scope whose Session has begun a transaction.
+def refuse_open_transactions(factories: Iterable[sessionmaker[Any]]) -> None:
+    """Check that no active scope has a Session of these factories in a transaction.
 
-    Not everything that it may do on the connection that it has calls a listener.
+    Such a Session keeps its connection, and could write on it without calling a listener.
 
-    :raises RuntimeError: there is such a Session.
+    :raises RuntimeError: a scope has such a Session.
     """
     classes = tuple(factory.class_ for factory in factories)
     for scope in scopes():
@@ -32,16 +32,16 @@ def refuse_begun(factories: Iterable[sessionmaker[Any]]) -> None:
                 _refuse_session(session)
 
 
-def refuse_later(factory: sessionmaker[Any], undone: contextlib.ExitStack) -> None:
-    """Refuse what a Session of this factory does outside of the isolation.
+def refuse_outsiders(factory: sessionmaker[Any], cleanup: contextlib.ExitStack) -> None:
+    """Make Sessions of this factory raise if they work outside of the isolation.
 
-    :param undone: ends that.
+    :param cleanup: removes the listeners.
     """
     kind = factory.class_
-    while issubclass(kind, AdoptedSession):  # a Session may be older than the adoption
+    while issubclass(kind, AdoptedSession):  # the base class: a Session may precede adopt()
         kind = kind.__bases__[-1]
 
-    # Functions of its own, because an isolation inside of this one removes those of its own.
+    # New functions at each call: a nested isolation removes its listeners, and only its own.
     def after_begin(
         session: Session, transaction: SessionTransaction, connection: Connection
     ) -> None:
@@ -52,13 +52,13 @@ def refuse_later(factory: sessionmaker[Any], undone: contextlib.ExitStack) -> No
 
     def before_commit(session: Session) -> None:
         outside = any(not _is_isolated(connection) for connection, _ in connections(session))
-        # The end of a transaction that has only read leaves nothing behind.
+        # A transaction that has only read may end.
         if outside and has_written(session) is not False:
             _refuse_session(session)
 
     for listener in (after_begin, before_flush, before_commit):
         event.listen(kind, listener.__name__, listener)
-        undone.callback(event.remove, kind, listener.__name__, listener)
+        cleanup.callback(event.remove, kind, listener.__name__, listener)
 
 
 def _refuse_session(session: Session) -> None:
@@ -69,9 +69,9 @@ def _refuse_session(session: Session) -> None:
 def _refuse_connection(connection: Connection) -> None:
     if not _is_isolated(connection):
         msg = (
-            f"a Session uses {connection.engine!r} past the isolation. It was made before "
-            "isolate(), or its registry was bound to an engine after that: begin the "
-            "isolation when the application is made, and outside of any scope"
+            f"a Session uses {connection.engine!r} outside of the isolation. It was made before "
+            "isolate(), or its registry was bound to an engine after that: begin the isolation "
+            "after the application is configured, and outside of any scope"
         )
         raise RuntimeError(msg)
 

@@ -1,4 +1,4 @@
-"""The line of a test or an application that led to something, whatever libraries are between."""
+"""Find the current line of the test or the application, skipping libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "p
 
 
 def application_line() -> str:
-    """Return the innermost line that belongs to no installed library."""
+    """Return the innermost line that is not in an installed library."""
     return innermost_line(_is_library)
 
 

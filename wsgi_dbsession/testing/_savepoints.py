@@ -1,4 +1,4 @@
-"""The savepoints of the shared connection: one for each transaction of the application."""
+"""The savepoints of the shared connection: each transaction of the application is one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class IsolatedTransaction:
-    """What the application takes for a transaction."""
+    """A transaction of the application: in the database, a savepoint."""
 
     __slots__ = (
         "began",
@@ -32,7 +32,7 @@ class IsolatedTransaction:
     )
 
     began: Savepoint
-    """The savepoint that it began with."""
+    """The savepoint that its begin has set."""
 
     opened: str
     """The line that began it."""
@@ -41,16 +41,16 @@ class IsolatedTransaction:
     """The thread that used it last."""
 
     undone: str | None
-    """Why it cannot go on: its work is undone."""
+    """Why its work was undone, so that it cannot continue; otherwise None."""
 
     settings: dict[str, str]
-    """The settings that it has made for itself, as far as they are known."""
+    """The values of the tracked settings, as last saved."""
 
     replaced: list[tuple[str, str]]
-    """The settings of the connection that it has changed, each with the value before that."""
+    """The settings of the connection that it has changed, each with its previous value."""
 
     violations: Counter[Any]
-    """The violations of deferred constraints that its work has brought about so far."""
+    """Its violations of deferred constraints, as last found."""
 
     def __init__(self) -> None:
         self.is_open = False
@@ -63,15 +63,15 @@ class IsolatedTransaction:
 
 
 class Savepoint:
-    """A savepoint, and who wrote after it was set and before the next one was."""
+    """A savepoint, and the transactions that wrote between it and the next one."""
 
     __slots__ = ("ended", "failed", "name", "owner", "replaced", "settings", "writers")
 
     def __init__(self, name: str, owner: IsolatedTransaction | None) -> None:
         self.name = name
         self.owner = owner  # None: an isolation
-        self.settings: dict[str, str] = {}  # those in force when it was set
-        self.replaced = 0 if owner is None else len(owner.replaced)  # how many it had changed
+        self.settings: dict[str, str] = {}  # in force when it was set
+        self.replaced = 0 if owner is None else len(owner.replaced)  # the number at this point
         self.writers: set[IsolatedTransaction] = set()
         self.ended = False
         self.failed = False
@@ -88,12 +88,12 @@ class Savepoints:
         self._dialect = connection.dialect
         self._numbers = itertools.count(1)
 
-    def wrote(self, transaction: IsolatedTransaction) -> bool:
-        """Return whether it has written something that was not rolled back."""
+    def has_written(self, transaction: IsolatedTransaction) -> bool:
+        """Return whether a transaction has written something that was not rolled back."""
         return any(transaction in each.writers for each in self.stack)
 
     def has_failed(self, transaction: IsolatedTransaction) -> bool:
-        """Return whether PostgreSQL has aborted it, though another one has begun meanwhile."""
+        """Return whether PostgreSQL had aborted a transaction when another one began."""
         mine = [each for each in self.stack if each.owner is transaction]
         return bool(mine) and mine[-1].failed
 
@@ -105,7 +105,7 @@ class Savepoints:
         return savepoint
 
     def end(self, savepoint: Savepoint) -> None:
-        """Release the savepoint as soon as those that were set after it have ended."""
+        """Release the savepoint, once those that were set after it have ended."""
         savepoint.ended = True
         self._release_ended()
 
@@ -117,12 +117,12 @@ class Savepoints:
         self._release_ended()
 
     def roll_back(self, savepoint: Savepoint, *, aborted: bool) -> None:
-        """Undo what its owner did since, and forget the savepoint.
+        """Undo what the owner of a savepoint did since, and end the savepoint.
 
-        :param aborted: whether PostgreSQL accepts nothing but a rollback.
+        :param aborted: whether PostgreSQL accepts only a rollback.
         """
         if savepoint not in self.stack:
-            return  # undone already, with a savepoint around it
+            return  # already undone with an earlier savepoint
         inner = self.stack[self.stack.index(savepoint) :]
         writers = set[IsolatedTransaction]().union(*(each.writers for each in inner))
         if not writers or savepoint.owner in writers or aborted:
@@ -135,9 +135,9 @@ class Savepoints:
             self.end(savepoint)
 
     def undo(self, savepoint: Savepoint) -> list[Savepoint]:
-        """Undo what was done since, whoever did it.
+        """Undo everything that was done since a savepoint was set.
 
-        :return: the savepoints set since whose owners have lost nothing, to be set again.
+        :return: later savepoints to set again, because their owners have lost no work.
         """
         index = self.stack.index(savepoint)
         inner = self.stack[index:]
@@ -147,9 +147,9 @@ class Savepoints:
         for writer in writers - {owner}:
             if writer.is_open:
                 writer.undone = (
-                    f"the transaction begun at {writer.opened} is undone, because it shares the "
-                    "connection of the isolation with one that began before it and was rolled back"
-                    f"{'' if owner is None else f': that begun at {owner.opened}'}"
+                    f"the transaction begun at {writer.opened} is undone by the rollback of an "
+                    f"earlier one{'' if owner is None else f', begun at {owner.opened}'}, because "
+                    "both share the connection of the isolation"
                 )
             elif owner is not None:
                 self._report(writer, owner)
@@ -166,7 +166,7 @@ class Savepoints:
         order(self._connection, name)
 
     def _release_ended(self) -> None:
-        """Release what has ended. What lies below one that has not must wait for that."""
+        """Release the ended savepoints at the top; those below an open one must wait."""
         while self.stack[-1].ended:
             ended = self.stack[-1]
             self._emit(self._dialect.do_release_savepoint, ended.name)
@@ -178,10 +178,10 @@ class Savepoints:
         self._move_readers()
 
     def _move_readers(self) -> None:
-        """Set the savepoints of those who have only read again, after what others have committed.
+        """Move the savepoints of transactions that have only read behind what others committed.
 
-        Their rollback must not undo it. The usual case is an open transaction of the test itself,
-        which has read something.
+        Otherwise their rollback would undo it. Usually it is an open transaction of the test
+        itself, which has read something.
         """
         first = len(self.stack)
         writers: set[IsolatedTransaction] = set()

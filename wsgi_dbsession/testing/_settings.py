@@ -1,6 +1,6 @@
-"""The settings that a transaction makes for itself: ``SET LOCAL``, and the one of SQLite.
+"""The settings of single transactions: ``SET LOCAL``, and a PRAGMA of SQLite.
 
-They outlast the release of a savepoint, so each transaction gets its own whenever it goes on.
+They outlast the release of a savepoint, so they are restored whenever a transaction resumes.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
 
     from ._savepoints import IsolatedTransaction, Savepoint
 
-# The names in the functions of the database; not those in PostgreSQL's own.
+# The functions that may change settings, without those of PostgreSQL itself.
 _BODIES = """
     SELECT prosrc FROM pg_proc WHERE pronamespace <> 'pg_catalog'::regnamespace
         AND (prosrc ILIKE '%set_config%' OR prosrc ILIKE '%local%')
 """
 
-# The other settings depend on them: a role must be allowed to make a setting.
+# Whether another setting may be changed depends on these.
 _ROLES = ("session_authorization", "role")
 
 
 class LocalSettings:
-    """The local settings of a database that has none."""
+    """The local settings of a database, by default none."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._outside = self._read(())  # what is in force outside of a transaction
+        self._outside = self._read(())  # the values outside of transactions
 
-    def learn(self, names: Iterable[str]) -> None:
-        """Look after these settings from now on, too."""
+    def track(self, names: Iterable[str]) -> None:
+        """Save and restore these settings, too, from now on."""
         new = [name for name in names if name not in self._outside]
         if new:
             self._outside.update(self._read(new))
 
     def save(self, transaction: IsolatedTransaction) -> None:
-        """Keep the settings in force for when the transaction goes on."""
+        """Save the current settings until the transaction resumes."""
         transaction.settings = self._read(self._outside)
 
     def restore(self, transaction: IsolatedTransaction) -> None:
-        """Give a transaction its own settings in place of those of others."""
+        """Replace the current settings with those of a transaction."""
         outside, now = self._outside, self._read(self._outside)
         wanted = {**outside, **transaction.settings}
         changed = [name for name in wanted if wanted[name] != now[name]]
@@ -63,14 +63,15 @@ class LocalSettings:
             if wanted[name] != outside[name]:
                 self._set(name, wanted[name])
 
-    def remember(self, transaction: IsolatedTransaction, names: Collection[str]) -> None:
-        """Remember settings of the connection that the transaction is about to change."""
+    def record(self, transaction: IsolatedTransaction, names: Collection[str]) -> None:
+        """Record settings of the connection that a transaction is going to change."""
         del transaction, names
 
     def revert(self, savepoint: Savepoint) -> None:
-        """Take back those that its owner has changed since.
+        """Restore what the owner of a savepoint has recorded since.
 
-        The savepoint may have been released or moved in order to keep what others have committed.
+        The savepoint may have been released or moved to keep what others have committed. Then its
+        rollback does not restore them.
         """
         del savepoint
 
@@ -78,18 +79,18 @@ class LocalSettings:
         return dict.fromkeys(names, "")
 
     def _set(self, name: str, value: str) -> None:
-        """Set it until the transaction ends."""
+        """Change a setting until the transaction ends."""
 
 
 class PostgresSettings(LocalSettings):
-    """Those that statements and functions of the application set by ``SET LOCAL``."""
+    """The settings that statements and functions of the application set with ``SET LOCAL``."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
         bodies = connection.exec_driver_sql(
             _BODIES, execution_options={"no_parameters": True}
         ).scalars()
-        self.learn({name for body in bodies for name in local_settings(body)})
+        self.track({name for body in bodies for name in local_settings(body)})
 
     def _read(self, names: Collection[str]) -> dict[str, str]:
         if not names:
@@ -97,31 +98,31 @@ class PostgresSettings(LocalSettings):
         row = self._connection.execute(
             select(*(func.pg_catalog.current_setting(name, True) for name in names))
         ).one()
-        # One that was never set is NULL before, and empty after its transaction has ended.
+        # A custom setting is NULL at first, and empty after the transaction that has set it.
         return {name: value or "" for name, value in zip(names, row, strict=True)}
 
     def _set(self, name: str, value: str, *, local: bool = True) -> None:
         self._connection.execute(select(func.pg_catalog.set_config(name, value, local)))
 
-    def remember(self, transaction: IsolatedTransaction, names: Collection[str]) -> None:
-        """Remember settings of the connection that the transaction is about to change."""
+    def record(self, transaction: IsolatedTransaction, names: Collection[str]) -> None:
+        """Record settings of the connection that a transaction is going to change."""
         transaction.replaced.extend(self._read(names).items())
 
     def revert(self, savepoint: Savepoint) -> None:
-        """Take back those that its owner has changed since."""
+        """Restore what the owner of a savepoint has recorded since."""
         assert savepoint.owner is not None
-        # They stay in the list: the rollback of the transaction may bring them into force again.
+        # They stay in the list, because the rollback of the transaction may undo this.
         for name, value in reversed(savepoint.owner.replaced[savepoint.replaced :]):
             if self._read([name])[name] != value:
                 self._set(name, value, local=False)
 
 
 class SQLiteSettings(LocalSettings):
-    """The only one of SQLite: ``PRAGMA defer_foreign_keys``."""
+    """The only local setting of SQLite: ``PRAGMA defer_foreign_keys``."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
-        self.learn(["defer_foreign_keys"])
+        self.track(["defer_foreign_keys"])
 
     def _read(self, names: Collection[str]) -> dict[str, str]:
         read = self._connection.exec_driver_sql

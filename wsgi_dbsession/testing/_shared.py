@@ -1,9 +1,8 @@
-"""The connection that all Sessions share: one transaction outside, a savepoint for each of theirs.
+"""The connection that all Sessions share: their transactions are savepoints of an outer one.
 
 "Joining a Session into an External Transaction" in SQLAlchemy's documentation does the same with
-``join_transaction_mode="create_savepoint"``. There, transactions have to end in reverse order.
-Here they end in any order: each Session gets its own Connection, on the same connection of the
-driver, and what it takes for a transaction is a savepoint.
+``join_transaction_mode="create_savepoint"``. There, transactions must end in reverse order. Here
+they end in any order, because each Session has its own Connection on the same driver connection.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ _OVER = "the isolation in which this transaction began is over"
 
 
 class _Thread(threading.local):
-    """What a thread works on."""
+    """For which object this thread uses the connection."""
 
-    worker: object = None
+    user: object = None
 
 
 class SharedConnection:
     """One connection of an engine, in a transaction that is never committed.
 
-    The transactions in it are those of one thread at a time: another thread waits for its turn.
+    Its open transactions belong to one thread at a time: other threads wait for their turn.
     """
 
     def __init__(self, engine: Engine, wait: float) -> None:
@@ -48,7 +47,7 @@ class SharedConnection:
         self._turn = threading.Condition()
         self._over = False
         self._here = _Thread()
-        self._late: list[Callable[[], None]] = []
+        self._postponed: list[Callable[[], None]] = []
         self._outer = outer = OuterTransaction(engine)
         self.savepoints = Savepoints(outer.connection)
         self.loss = Loss(outer, self.savepoints)
@@ -60,51 +59,51 @@ class SharedConnection:
             raise
 
     @contextlib.contextmanager
-    def working(self, worker: object) -> Generator[None]:
-        """Use the driver's connection. A rollback by the garbage collector is put off meanwhile.
+    def in_use_by(self, user: object) -> Generator[None]:
+        """Postpone rollbacks by the garbage collector while this thread uses the connection.
 
-        It may close a forgotten response in the middle of a statement on this same connection.
+        It may close a forgotten response in the middle of a statement on the same connection.
         """
         here = self._here
-        if here.worker is not None:  # a listener's statement, within the one that it listens to
+        if here.user is not None:  # a listener runs a statement inside of another one
             yield
             return
-        here.worker = worker
+        here.user = user
         try:
             yield
         finally:
             try:
-                while self._late:
-                    with self._turn:
-                        self._late.pop(0)()
+                with self._turn:
+                    while self._postponed:
+                        self._postponed.pop(0)()
             finally:
-                here.worker = None
+                here.user = None
 
     # -- isolations -------------------------------------------------------------------------------
 
     def open_level(self) -> Savepoint:
-        """Begin an isolation: the first one, or one in another."""
-        with self._turn, self.working(self):
+        """Begin an isolation, perhaps inside of another one."""
+        with self._turn, self.in_use_by(self):
             self._check()
             self._account.pause()
             return self.savepoints.set(None)
 
     def close_level(self, level: Savepoint) -> None:
-        """Roll back what was done since."""
-        with self._turn, self.working(self):
-            for transaction in self.unended(level):
+        """Roll back everything since a level was opened."""
+        with self._turn, self.in_use_by(self):
+            for transaction in self.open_transactions(level):
                 transaction.undone = _OVER
                 self._leave(transaction)
-            self.loss.look()
+            self.loss.check_connection()
             if self._is_usable():
-                # An error of the block comes before the report of a loss.
-                with contextlib.suppress(RuntimeError), self.loss.noticing():
+                # An error in the block takes precedence. find_faults() reports the loss.
+                with contextlib.suppress(RuntimeError), self.loss.detecting():
                     self._account.pause()
                     self.savepoints.undo(level)
                     self.savepoints.end(level)
 
-    def unended(self, level: Savepoint) -> list[IsolatedTransaction]:
-        """Return the open transactions that began in this level."""
+    def open_transactions(self, level: Savepoint) -> list[IsolatedTransaction]:
+        """Return the open transactions that began in a level."""
         with self._turn:
             if level not in self.savepoints.stack:
                 return []
@@ -112,8 +111,8 @@ class SharedConnection:
             return [each for each in self._account.open if each.began in inner]
 
     def end(self) -> None:
-        """Roll everything back, and give the connection back to its pool."""
-        with self._turn, self.working(self):
+        """Roll everything back, and return the connection to its pool, or discard it if lost."""
+        with self._turn, self.in_use_by(self):
             self._over = True
             if self.loss.message is None:
                 self._outer.end()
@@ -125,20 +124,20 @@ class SharedConnection:
     def driver_connection(self) -> Any:
         """Return the pool's connection.
 
-        :raises RuntimeError: it cannot be used here, or not any more.
+        :raises RuntimeError: this process or thread cannot use it, or it is lost.
         """
         self._check()
         return self._outer.connection.connection
 
     def begin(self, transaction: IsolatedTransaction) -> None:
-        """Begin a transaction, as soon as those of other threads have ended."""
-        with self._turn, self.working(transaction):
+        """Begin a transaction when those of other threads have ended."""
+        with self._turn, self.in_use_by(transaction):
             self._await_turn()
             self._check()
             if self._outer.is_aborted():
-                # PostgreSQL accepts nothing but a rollback now, and it is sure to come.
-                self._account.count()
-                with self.loss.noticing():
+                # PostgreSQL accepts only a rollback, and the failed transaction needs one anyway.
+                self._account.count_rows()
+                with self.loss.detecting():
                     self.savepoints.undo(self.savepoints.stack[-1])
                 self.savepoints.stack[-1].failed = True
             self._account.pause()
@@ -152,15 +151,15 @@ class SharedConnection:
                 raise
 
     def prepare(self, transaction: IsolatedTransaction) -> None:
-        """Fail now if a commit would fail."""
-        with self._turn, self.working(transaction):
+        """Raise if a commit would fail."""
+        with self._turn, self.in_use_by(transaction):
             self.check(transaction)
             self._account.switch(transaction)
             self._account.check_deferred(transaction)
 
     def commit(self, transaction: IsolatedTransaction, *, prepared: bool) -> None:
         """Commit, or roll back and raise."""
-        with self._turn, self.working(transaction):
+        with self._turn, self.in_use_by(transaction):
             try:
                 self.check(transaction)
                 self._account.switch(transaction)
@@ -174,44 +173,44 @@ class SharedConnection:
             self._leave(transaction)
 
     def rollback(self, transaction: IsolatedTransaction) -> None:
-        """Roll back, now or after the statement that this thread executes."""
-        if self._here.worker not in (None, transaction):
-            self._late.append(functools.partial(self._roll_back, transaction))
+        """Roll back now, or after the statement that this thread is executing."""
+        if self._here.user not in (None, transaction):
+            self._postponed.append(functools.partial(self._roll_back, transaction))
             return
-        with self._turn, self.working(transaction):
+        with self._turn, self.in_use_by(transaction):
             self._roll_back(transaction)
 
     def set_savepoint(self, transaction: IsolatedTransaction) -> Savepoint:
-        """Set a savepoint of the application's own."""
-        with self._turn, self.working(transaction):
+        """Set a savepoint for the application."""
+        with self._turn, self.in_use_by(transaction):
             self.check(transaction)
             self._account.switch(transaction)
-            self._account.count()
+            self._account.count_rows()
             savepoint = self.savepoints.set(transaction)
             self._account.settings.save(transaction)
             savepoint.settings = transaction.settings
             return savepoint
 
     def release_savepoint(self, savepoint: Savepoint) -> None:
-        """Release a savepoint of the application's own."""
+        """Release a savepoint of the application."""
         transaction = savepoint.owner
         assert transaction is not None
-        with self._turn, self.working(transaction):
+        with self._turn, self.in_use_by(transaction):
             self.check(transaction)
             self._account.switch(transaction)
-            self._account.count()
+            self._account.count_rows()
             self.savepoints.end(savepoint)
 
     def rollback_savepoint(self, savepoint: Savepoint) -> None:
-        """Undo what its owner did since; see :meth:`rollback`."""
-        if self._here.worker not in (None, savepoint.owner):
-            self._late.append(functools.partial(self._roll_back_to, savepoint))
+        """Roll back to a savepoint of the application; see :meth:`rollback`."""
+        if self._here.user not in (None, savepoint.owner):
+            self._postponed.append(functools.partial(self._roll_back_to, savepoint))
             return
-        with self._turn, self.working(savepoint.owner):
+        with self._turn, self.in_use_by(savepoint.owner):
             self._roll_back_to(savepoint)
 
     def check(self, transaction: IsolatedTransaction) -> None:
-        """Raise if this transaction cannot go on."""
+        """Raise if a transaction cannot continue."""
         self._check()
         if transaction.undone is not None:
             raise RuntimeError(transaction.undone)
@@ -220,8 +219,9 @@ class SharedConnection:
             raise exc.PendingRollbackError(msg)
 
     def before_statement(self, transaction: IsolatedTransaction, statement: Any) -> None:
-        """Prepare for a statement, a string or ``Compiled``.
+        """Prepare for a statement.
 
+        :param statement: a string or ``Compiled``.
         :raises RuntimeError: it must not run.
         """
         text = str(statement)
@@ -235,18 +235,18 @@ class SharedConnection:
                 )
                 raise RuntimeError(msg)
             self._account.switch(transaction)
-            self._account.expect(transaction, statement, text)
+            self._account.record_statement(transaction, statement, text)
 
     def before_cursor(self, text: str, parameters: Any) -> None:
-        """Look after the settings that a statement is about to make."""
+        """Track the settings that a statement is going to change."""
         with self._turn:
-            self._account.settings.learn(local_settings(text, parameters))
+            self._account.settings.track(local_settings(text, parameters))
 
     def after_cursor(self, transaction: IsolatedTransaction, text: str, rowcount: int) -> None:
-        """Count a statement that has changed rows as a write."""
+        """Record a write if the statement has changed rows."""
         if rowcount > 0 and changes_rows(text):
             with self._turn:
-                self._account.wrote(transaction)
+                self._account.record_write(transaction)
 
     def after_statement(self) -> None:
         """Raise if the statement has ended the outer transaction."""
@@ -254,18 +254,18 @@ class SharedConnection:
             self.loss.check()
 
     def before_driver(self, transaction: IsolatedTransaction) -> None:
-        """Expect writes of the application on the driver's connection."""
-        with self._turn, self.working(transaction):
+        """Record that the application may write on the driver's connection."""
+        with self._turn, self.in_use_by(transaction):
             if transaction.is_open and self._is_usable():
                 self._account.switch(transaction)
-                self._account.doubt(transaction)
+                self._account.record_possible_write(transaction)
 
     def has_written(self, transaction: IsolatedTransaction) -> bool:
-        """Return whether it has written something that was not rolled back."""
-        with self._turn, self.working(transaction):
+        """Return whether a transaction has written something that was not rolled back."""
+        with self._turn, self.in_use_by(transaction):
             if self._is_usable():
-                self._account.count()
-            return transaction.is_open and self.savepoints.wrote(transaction)
+                self._account.count_rows()
+            return transaction.is_open and self.savepoints.has_written(transaction)
 
     # -- call these with the lock held ------------------------------------------------------------
 
@@ -287,7 +287,7 @@ class SharedConnection:
             self._account.switch(owner)
 
     def _undo(self, savepoint: Savepoint) -> None:
-        with self.loss.noticing():
+        with self.loss.detecting():
             self.savepoints.roll_back(savepoint, aborted=self._outer.is_aborted())
             self._account.settings.revert(savepoint)
 
@@ -303,9 +303,9 @@ class SharedConnection:
             msg = (
                 f"timed out after {self._wait:g} s, waiting for the end of another thread's "
                 f"transaction, which was begun at {other.opened}. In the isolation all threads "
-                "share one connection, so their transactions take turns. If the test itself holds "
-                "it open while it waits for a request in another thread: commit it before, by "
-                "Session.commit() or in a `with session_scope(Session):` block of its own"
+                "share one connection, so their transactions take turns. If the test holds it "
+                "open while a request runs in another thread, commit it first: call "
+                "Session.commit(), or use a separate `with session_scope(Session):` block"
             )
             raise RuntimeError(msg)
 

@@ -1,4 +1,4 @@
-"""What the text of a statement tells about it."""
+"""Classify statements by their text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Unambiguous, or a text with many comments would take exponential time.
+# Its alternatives must not overlap: otherwise many comments would take exponential time.
 _GAP = r"(?:\s|/\*(?:[^*]|\*(?!/))*\*/|--[^\n]*(?:\n|$))"
 
 _ENDING = re.compile(r"\b(?:COMMIT|END|ABORT|ROLLBACK|PREPARE)\b", re.IGNORECASE)
@@ -36,9 +36,9 @@ _READS = re.compile(
 _CHANGES = re.compile(
     rf"(?:{_GAP}|\()*(?:INSERT|UPDATE|DELETE|MERGE|REPLACE)\b", re.IGNORECASE | re.DOTALL
 )
-# These PRAGMAs write to the file, and a rollback takes them back.
+# These PRAGMAs write to the file, and a rollback undoes them.
 _WRITING = r"(?:application_id|auto_vacuum|encoding|schema_version|user_version)"
-_WRITES_NO_OTHER = re.compile(
+_WRITES_NOTHING_ELSE = re.compile(
     rf"(?:{_GAP}|\()*"
     r"(?:DECLARE|FETCH|MOVE|CLOSE|LOCK|LISTEN|UNLISTEN|RESET(?!\s+ALL\b)"
     r"|SET(?!\s+(?:CONSTRAINTS|SESSION\s+CHARACTERISTICS)\b)"
@@ -79,7 +79,8 @@ _WORDS = {
 def ends_transaction(text: str) -> bool:
     """Return whether a statement, or one of several in the text, ends the transaction.
 
-    A body between ``BEGIN`` and ``END`` is not looked into, so a ``COMMIT`` after one is missed.
+    A text that begins by creating a trigger or a function is skipped, because its body has
+    semicolons and its own ``END``. So a ``COMMIT`` after it is missed.
     """
     if not _ENDING.search(text):
         return False
@@ -92,7 +93,7 @@ def ends_transaction(text: str) -> bool:
 def looks_read_only(text: str) -> bool:
     """Return whether the text begins like a statement that writes nothing.
 
-    It may write all the same: ``SELECT`` can call a function that does.
+    It may still write: ``SELECT`` can call a function that does.
     """
     return _READS.match(text) is not None
 
@@ -103,18 +104,18 @@ def changes_rows(text: str) -> bool:
 
 
 def writes_only_rows(text: str) -> bool:
-    """Return whether a database that counts the rows written counts all that this one writes.
+    """Return whether a statement writes nothing but rows, which some databases count.
 
-    That holds for ``UPDATE``, for ``LOCK``, which writes nothing, and for ``SET``, whose setting
-    is looked after: see :func:`session_settings`.
+    That includes ``LOCK``, which writes nothing, and ``SET``, because settings are tracked: see
+    :func:`session_settings`.
     """
-    return changes_rows(text) or _WRITES_NO_OTHER.match(text) is not None
+    return changes_rows(text) or _WRITES_NOTHING_ELSE.match(text) is not None
 
 
 def session_settings(text: str) -> set[str]:
     """Return the names of PostgreSQL's settings that the text sets until the session ends.
 
-    A rollback takes them back.
+    A rollback restores them.
     """
     return _names(_SESSION.findall(text)) if _MAKES_SETTING.match(text) else set()
 
@@ -123,7 +124,7 @@ def local_settings(text: str, parameters: object = None) -> set[str]:
     """Return the names of PostgreSQL's settings that the text sets until the transaction ends.
 
     :param text: a statement, or the body of a function.
-    :param parameters: those of the statement; a name may be among them.
+    :param parameters: the parameters of the statement; a name may be among them.
     """
     names = _names(_LOCAL.findall(text))
     for found in _SET_CONFIG.finditer(text):
@@ -139,7 +140,7 @@ def local_settings(text: str, parameters: object = None) -> set[str]:
                 for value in values
                 if isinstance(value, str) and _IS_NAME.fullmatch(value)
             )
-    # PostgreSQL itself resets those of a transaction, such as READ ONLY, with the savepoint.
+    # PostgreSQL itself resets these, such as READ ONLY, at the end of a savepoint.
     return {name for name in names if not name.startswith("transaction_")}
 
 

@@ -1,4 +1,4 @@
-"""A plugin for pytest: isolation as fixtures. pytest loads it through its entry point.
+"""A pytest plugin: isolation as fixtures. pytest loads it through its entry point.
 
 One line of configuration names the registries to isolate::
 
@@ -31,7 +31,7 @@ _Registries: TypeAlias = "Iterable[scoped_session[Any]] | scoped_session[Any]"
 
 _OPTION = "wsgi_dbsession_registries"
 
-# Of a test, and of its class and module: whether it has failed.
+# Whether a test, or any test of a class or module, has failed.
 _FAILED = pytest.StashKey[bool]()
 
 
@@ -44,10 +44,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Around the wrappers of other plugins, which may turn a failure into an expected one.
+# The outermost wrapper, because other plugins may turn a failure into an expected one.
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
-    """Remember that a test has failed, for the end of its isolations."""
+    """Record that a test has failed, for the end of its isolations."""
     found = yield
     report: pytest.TestReport = found.get_result()
     if report.when == "setup":
@@ -59,9 +59,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
 
 @pytest.fixture(scope="session")
 def session_registries(pytestconfig: pytest.Config) -> tuple[scoped_session[Any], ...]:
-    """The registries to isolate: those of the option, or override this fixture.
+    """Return the registries to isolate, from the option; override this fixture to choose others.
 
-    An overriding fixture may return a single registry as it is.
+    An overriding fixture may return a single registry.
     """
     names: list[str] = pytestconfig.getini(_OPTION)
     if not names:
@@ -87,8 +87,8 @@ def _find(name: str) -> scoped_session[Any]:
     return found
 
 
-def _all(registries: _Registries) -> tuple[scoped_session[Any], ...]:
-    # A scoped_session is iterable, like its Session. What is neither has an error of its adoption.
+def _as_tuple(registries: _Registries) -> tuple[scoped_session[Any], ...]:
+    # A scoped_session is iterable, like its Session. adopt() raises for other objects.
     kind: type = type(registries)  # a fixture may return anything
     given: Any = registries
     single = issubclass(kind, scoped_session) or not issubclass(kind, Iterable)
@@ -100,7 +100,7 @@ def _isolate(registries: _Registries, request: pytest.FixtureRequest) -> Generat
     problem = None
     opened = False
     try:
-        with open_isolation(_all(registries)) as isolation:
+        with open_isolation(_as_tuple(registries)) as isolation:
             opened = True
             yield isolation
     except RuntimeError as error:
@@ -123,7 +123,7 @@ def _dbsession_isolation(
 
 @pytest.fixture
 def dbsession_isolation(_dbsession_isolation: Isolation) -> list[Recorded]:
-    """Roll back what the test does; the value is the list of the outcomes of its scopes."""
+    """Roll back what the test does, and return the list of its scopes' outcomes."""
     return _dbsession_isolation.outcomes
 
 
@@ -150,7 +150,7 @@ def dbsession_outcomes(
     session_registries: _Registries,
 ) -> Generator[list[Recorded]]:
     """Record the outcomes of the test's scopes, isolated or not."""
-    with record_outcomes(*_all(session_registries)) as outcomes:
+    with record_outcomes(*_as_tuple(session_registries)) as outcomes:
         yield outcomes
 
 
@@ -160,7 +160,7 @@ def dbsession_scope(
 ) -> Generator[Scope]:
     """Open a scope for the test itself, in the isolation of ``dbsession_isolation``.
 
-    The test can use the registries as a request does. Requests read what it has committed.
+    The test can use the registries like a request. Requests read what the test has committed.
     """
-    with _dbsession_isolation.open_scope(_all(session_registries)) as scope:
+    with _dbsession_isolation.open_scope(_as_tuple(session_registries)) as scope:
         yield scope

@@ -429,7 +429,12 @@ def test_two_watches_look_at_one_pool(
     one.close()
     with session_scope(registry, name="the second"):
         registry.execute(SELECT)
+        assert [len(each.holders()) for each in (one, two)] == [0, 1]
+    engine.dispose()
+    with engine.connect():
+        assert [len(each.holders()) for each in (one, two)] == [0, 1]
 
+    assert [len(each.holders()) for each in (one, two)] == [0, 0]
     assert [len(each.ended()) for each in (one, two)] == [1, 2]
 
 

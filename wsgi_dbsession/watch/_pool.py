@@ -45,6 +45,7 @@ class WatchedPool:
         self._account = account
         self._undo: list[Callable[[], None]] = []
         self._is_shared = False
+        self._released = False
         self.is_per_thread = isinstance(engine.pool, SingletonThreadPool)
         pool = engine.pool
         # Weak, because an engine that the application has dropped has to go.
@@ -60,13 +61,14 @@ class WatchedPool:
 
     def take(self, pool: Pool) -> None:
         """Account for this pool's connections: the first one, or one that took its place."""
-        if self._pool() is pool:
+        if self._released or self._pool() is pool:
             return
         self._pool = weakref.ref(pool)
         self._replace(pool, "connect", self._accounted_connect)
 
     def release(self) -> None:
         """Restore what was replaced."""
+        self._released = True
         while self._undo:
             self._undo.pop()()
 
@@ -79,7 +81,7 @@ class WatchedPool:
 
         def undo() -> None:
             found = ref()
-            # If another one was put around this one, it stays, and finds no account.
+            # A wrapper that was put around it since keeps it in use: then it only passes on.
             if found is not None and found.__dict__.get(name) is mine():
                 delattr(found, name)
 
@@ -155,6 +157,8 @@ class WatchedPool:
         asked, got, waiting = account.asked, account.got, account.waiting
 
         def accounted_connect() -> PoolProxiedConnection:
+            if self._released:
+                return connect()
             hold = asked(self)
             waiting.add(hold)
             try:

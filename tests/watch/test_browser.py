@@ -168,7 +168,7 @@ def test_an_application_that_has_done_nothing(
         assert "0 of 5 in use" in page.text("#pools")
         assert "No connection is held." in page.text("#holders")
         assert f"pid {os.getpid()}" in page.text("header")
-        assert "Each worker process has a pool" in page.text("footer")
+        assert "Each worker process has its own pool" in page.text("footer")
         look(page, "empty")
         page.click("#legend summary")
         page.wait_for("document.querySelector('#legend').open")

@@ -135,7 +135,7 @@ def test_holders_of_before_are_unknown(
         with pytest.raises(PoolTimeoutError) as caught:
             engine.connect()
 
-    assert "unknown holders: they got it before the watch began" in notes(caught.value)
+    assert "unknown holders, which asked before the watch began" in notes(caught.value)
 
 
 def test_holders_of_another_pool_are_not_named(

@@ -33,9 +33,9 @@ def test_statements_that_read_are_remembered() -> None:
     """Only those, so that one look is enough for the next time."""
     reads = Reads()
 
-    assert reads.judge("SELECT 1") is False
-    assert reads.judge("DELETE FROM t") is True
-    assert reads.judge("CALL f()") is None
+    assert reads.classify("SELECT 1") is False
+    assert reads.classify("DELETE FROM t") is True
+    assert reads.classify("CALL f()") is None
     assert reads == {"SELECT 1"}
 
 
@@ -44,7 +44,7 @@ def test_what_is_remembered_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(_statement, "_MOST", 2)
     reads = Reads()
     for number in range(3):
-        reads.judge(f"SELECT {number}")
-    reads.judge("SELECT " + "1" * 3000)
+        reads.classify(f"SELECT {number}")
+    reads.classify("SELECT " + "1" * 3000)
 
     assert reads == {"SELECT 2"}

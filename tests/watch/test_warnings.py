@@ -142,7 +142,7 @@ def test_a_stream_is_warned_of_between_its_blocks(
     (message,) = warned.wait()
     assert message.startswith("connection held by a stream for 0.")
     assert message.endswith(
-        'Give it back: commit_on="auto", and `with session_scope(Session):` for each block'
+        'Release it: use commit_on="auto", and `with session_scope(Session):` for each block'
     )
 
 
@@ -179,7 +179,7 @@ def test_a_leftover_is_warned_of(
     assert holder.state == "left over"
     assert message.startswith("connection held after the end of its scope for 0.")
     assert ": careless, first asked for at " in message
-    assert message.endswith("Give it back: close() what asked for it")
+    assert message.endswith("Release it: close the Session or Connection that asked for it")
 
 
 def test_a_statement_that_runs_is_not_warned_of(
@@ -286,7 +286,7 @@ def test_a_connection_that_comes_as_the_thread_ends_is_looked_at(
     answers: list[list[Any]] = [[], [object()]]
 
     class Guard(_guard.Guard):
-        def wake(self) -> None:
+        def start(self) -> None:
             started.set()
 
     guard = Guard(0.01, lambda: answers.pop(0))
@@ -310,7 +310,7 @@ def test_the_second_of_two_threads_finds_a_guard() -> None:
     guard._lock = Quicker()  # type: ignore[assignment]
     before = threading.active_count()
 
-    guard.wake()
+    guard.start()
 
     assert threading.active_count() == before
 

@@ -1,4 +1,4 @@
-"""Who holds a connection, since when, and at which line: the watch, and its board."""
+"""Find who holds a connection, since when, and at which line: the watch and its board."""
 
 from ._board import Board, allow_loopback
 from ._records import Ended, Holder, Place, PoolUse, Waiter

@@ -1,4 +1,4 @@
-"""The board: one page around a WSGI application, and the same as JSON."""
+"""The board: an HTML page around a WSGI application, and its data as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-# With these, a proxy tells that the client is another one.
+# How the headers that proxies add begin.
 _FORWARDED = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_FORWARDED", "HTTP_X_REAL_IP")
 _HEADERS = [
     ("Cache-Control", "no-store"),
@@ -30,14 +30,15 @@ _JSON = "application/json"
 
 
 def allow_loopback(environ: WSGIEnvironment) -> bool:
-    """Return whether a request comes from this machine, and through no proxy.
+    """Return whether a request comes from this machine and did not pass through a proxy.
 
-    To the application, all clients of a proxy on the same machine come from there. So a request
-    with a header of a proxy is refused, and one whose Host is not this machine's, which also
-    keeps out a page of another site whose name was made to point here. A proxy that adds no header
-    and replaces Host cannot be told from a local client: keep the board's path out of it.
+    Behind a proxy on the same machine, every client has a local address. So a request with a
+    proxy's header is refused, and so is one whose ``Host`` is not this machine. The latter
+    also prevents DNS rebinding.
 
-    waitress removes the headers of a proxy, so each request that it serves is refused.
+    A proxy that adds no header and replaces ``Host`` looks like a local client: do not let it
+    serve the board's path. waitress removes the headers of proxies, so each request that it
+    serves is refused.
 
     :param environ: the request's environ.
     """
@@ -50,7 +51,7 @@ def allow_loopback(environ: WSGIEnvironment) -> bool:
 
 
 def _is_served_by_waitress(environ: WSGIEnvironment) -> bool:
-    # SERVER_SOFTWARE is its setting `ident`; the key exists from waitress 2.0 on.
+    # SERVER_SOFTWARE is the setting `ident`. The key has existed since waitress 2.0.
     return (
         environ.get("SERVER_SOFTWARE") == "waitress" or "waitress.client_disconnected" in environ
     )
@@ -76,9 +77,9 @@ class Board:
     """A page around an application, see :meth:`Watch.board`.
 
     :param app: the application.
-    :param path: the page's.
-    :param allow: called with environ, returns whether to answer.
-    :param report: returns what is shown.
+    :param path: the path of the page.
+    :param allow: called with the environ, returns whether to answer.
+    :param report: returns the data of the page.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Board:
         self._warned = False
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Answer, or pass the request on."""
+        """Answer a request for the page; pass others to the application."""
         if environ.get("PATH_INFO") != self._path:
             return self.app(environ, start_response)
         status, kind, body = self._answer(environ)
@@ -139,7 +140,7 @@ def wants_json(accept: str) -> bool:
 
 
 def _quality(accept: str, kind: str) -> tuple[float, int]:
-    """Return how much a client wants a kind, and how precisely it named it."""
+    """Return the quality of a media type, and the precision of the range that matches it."""
     ranges = (kind, f"{kind.partition('/')[0]}/*", "*/*")
     best = (-len(ranges), 0.0)
     for part in accept.lower().split(","):

@@ -1,7 +1,7 @@
-"""Who holds a connection, and for how long: the running account, and what is shown of it.
+"""Who holds a connection, and for how long.
 
-A ``Hold`` is written by the thread or greenlet that uses the connection, and read by another
-while it changes: a glimpse may be off by one statement, and no lock is needed.
+The thread or greenlet that uses the connection writes to its ``Hold``, while another one may read
+it. There is no lock, so a reader may be off by one statement.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from wsgi_dbsession._observed import Outcome, Reason
     from wsgi_dbsession._scope import Scope
 
-    from ._here import Here
     from ._line import Line
+    from ._threads import Ident
 
 
 class Names(NamedTuple):
-    """What a scope is called."""
+    """The method, path and name of a scope."""
 
     method: str | None
     path: str | None
@@ -41,21 +41,21 @@ NO_SCOPE = Names(None, None, "outside of a scope")
 
 
 class AnyPool(Protocol):
-    """What an account needs to know of a pool."""
+    """The attributes of a ``WatchedPool`` that an account uses."""
 
     name: str
 
     is_per_thread: bool
-    """Whether a thread gets again what it holds."""
+    """Whether the pool gives a thread the connection that it already holds."""
 
     def share(self) -> None:
-        """Expect that one connection has several holders."""
+        """Account for several holders of one connection."""
 
 
 class Hold:
-    """The account of one connection, from the moment it is asked for until it is returned.
+    """The account of one connection, from before its checkout until its return.
 
-    That of a scope's first connection is the account of the scope, too.
+    The account of a scope's first connection is that of the scope, too.
     """
 
     __slots__ = (
@@ -68,7 +68,7 @@ class Hold:
         "ended",
         "first",
         "held",
-        "here",
+        "ident",
         "last",
         "line",
         "more",
@@ -83,28 +83,28 @@ class Hold:
     )
 
     since: float
-    """When the connection was there, 0 before."""
+    """When the pool returned the connection; 0 before."""
 
     began: float
-    """When the statement began that runs, 0 if none does."""
+    """When the current statement began; 0 if none is running."""
 
     last: float
-    """When the last statement ended, or the connection was there."""
+    """When the last statement ended. Before the first one, the same as ``since``."""
 
     held: float
-    """For how long it was held, 0 before it is returned."""
+    """For how long the connection was held; 0 until its return."""
 
     first: Hold | None
-    """The account of its scope, if that is another one."""
+    """The account of its scope, if that is another account."""
 
     more: Hold | None
-    """The scope's other connections that were returned, added up."""
+    """The sum of the scope's other connections that were returned."""
 
     ended: float
     """When the scope ended, in seconds since 1970; 0 before."""
 
     called: tuple[Any, ...] | str
-    """Once the scope has ended: its method and path, for a block its name."""
+    """The method and path of the ended request, or the name of the ended block."""
 
     outcome: Outcome | None
     reason: Reason | None
@@ -116,13 +116,13 @@ class Hold:
         scope: weakref.ref[Scope] | None,
         first: Hold | None,
         line: Line | None,
-        here: Here,
+        ident: Ident,
     ) -> None:
         self.pool = pool
-        self.scope = scope  # weak: one that is dropped must take its Sessions along
+        self.scope = scope  # weak, so that a dropped scope and its Sessions are collected
         self.first = first
         self.line = line
-        self.here = here
+        self.ident = ident
         self.more = None
         self.since = self.began = self.busy = self.held = self.waited = self.ended = 0.0
         self.connections = self.statements = 0
@@ -130,14 +130,14 @@ class Hold:
         self.asked = monotonic()
 
     def give_up(self) -> float:
-        """Count the time of a wait that failed, and return it."""
+        """Record and return the time of a checkout that failed."""
         self.waited = waited = monotonic() - self.asked
         if self.first is not None:
             self._add_to(self.first)
         return waited
 
     def end(self) -> None:
-        """Stop counting, because the connection is returned."""
+        """Stop counting, because the connection was returned."""
         self.held = monotonic() - self.since
         if self.first is not None:
             self._add_to(self.first)
@@ -146,7 +146,7 @@ class Hold:
         if not first.ended:
             if first.more is not None:
                 self._add(first.more)
-            self.first = None  # a cycle, otherwise
+            self.first = None  # otherwise a reference cycle
             first.more = self
 
     def _add(self, other: Hold) -> None:
@@ -158,9 +158,9 @@ class Hold:
         self.wrote = either(self.wrote, other.wrote)
 
     def total(self) -> Hold:
-        """Return a copy to which all connections of its scope are added.
+        """Return the sum of all connections of its scope.
 
-        A copy, because its own connection may be left over, and in use.
+        It is a copy, because this account continues if its connection is left over.
         """
         total = copy(self)
         if self.since and not self.held:
@@ -170,7 +170,7 @@ class Hold:
         return total
 
     def names(self) -> Names:
-        """Return what its scope is called."""
+        """Return the names of its scope."""
         if self.scope is None:
             return NO_SCOPE
         account = self.first or self
@@ -189,7 +189,7 @@ class Hold:
         return Names(name[: -len(path) - 1], path, name)
 
     def show(self) -> Ended:
-        """Return what can be shown of its scope, once that has ended."""
+        """Return the record of its scope, which has ended."""
         return Ended(
             **self.names()._asdict(),
             ended=datetime.fromtimestamp(self.ended, timezone.utc),
@@ -212,7 +212,7 @@ class Hold:
         return (self.first or self).ended > 0 or self.scope() is None
 
     def is_between_steps(self) -> bool:
-        """Return whether its response waits for the server to ask for the next block."""
+        """Return whether its response waits until the server requests the next block."""
         scope = None if self.scope is None else self.scope()
         return scope is not None and not scope.in_step
 
@@ -225,7 +225,7 @@ class Hold:
 
 
 class Spot:
-    """The account of all scopes that first asked at one line."""
+    """The account of all scopes that asked for their first connection at one line."""
 
     __slots__ = ("longest", "scopes", "total")
 
@@ -235,7 +235,7 @@ class Spot:
         self.total = hold.held
 
     def show(self) -> Place:
-        """Return what can be shown of it."""
+        """Return the record of the line."""
         return Place(
             line=show_line(self.longest.line),
             name=self.longest.names().name,
@@ -246,7 +246,7 @@ class Spot:
 
 
 def name_of_request(environ: WSGIEnvironment) -> tuple[Any, ...]:
-    """Return method and path of a request, as the server gave them."""
+    """Return method, script name and path of a request, as the server has set them."""
     get = environ.get
     return get("REQUEST_METHOD", "?"), get("SCRIPT_NAME", ""), get("PATH_INFO", "")
 
@@ -259,9 +259,9 @@ def either(one: bool | None, other: bool | None) -> bool | None:
 
 
 def backend_pid(connection: Any) -> int | None:
-    """Return the number of the database's process or thread that serves a driver's connection.
+    """Return the ID of the database's process or thread that serves a driver's connection.
 
-    Only what the driver knows by itself: nothing is sent.
+    :return: None if the driver does not store it: no query is sent.
     """
     with contextlib.suppress(Exception):
         info = getattr(connection, "info", None)

@@ -1,6 +1,6 @@
-"""The line of the application that asks for a connection, found at little cost.
+"""Find the line of the application that asks for a connection, at little cost.
 
-Each request pays for it, so files are sorted once and frames are only looked up.
+It runs in each request, so files are classified once, and known frames are only looked up.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
 Line: TypeAlias = "tuple[CodeType, int]"
-"""A function and an instruction: to look for the number costs more than the rest."""
+"""A code object and an instruction: finding the line number costs more than the rest."""
 
-# What a file belongs to.
+# The kinds of files.
 APPLICATION, LIBRARY, SQLALCHEMY, PYTHON, OURS = range(5)
 
-# A look at an attribute of sys would be paid for by each request, too.
+# A global name, because the attribute lookup would slow down each request.
 _get_frame: Callable[[int], FrameType] = cast("Any", sys)._getframe
 
 _SQLALCHEMY = str(Path(sqlalchemy.__file__).parent)
@@ -38,15 +38,15 @@ _MOST = 1000
 class LineFinder:
     """Finds the line of the application that led to a call.
 
-    It is asked for each connection, and to look at a frame costs a thousand instructions. So it
-    looks first where it found the application the last time, and accepts a line there if it was
-    seen to call SQLAlchemy directly.
+    It runs for each checkout, and looking at a frame costs a thousand instructions. So it first
+    tries the depth of the last result, and accepts a line that is known to call SQLAlchemy
+    directly.
     """
 
     def __init__(self) -> None:
         self._depth = 0
         self._kinds: dict[str, int] = {}
-        # By the id of its function, which it keeps: a function itself is slow to look up.
+        # By the id of the code object, which is slow to hash. The line keeps it alive.
         self._direct: dict[tuple[int, int], Line] = {}
 
     def find(self) -> Line | None:
@@ -54,7 +54,7 @@ class LineFinder:
         try:
             frame = _get_frame(self._depth)
             return self._direct[id(frame.f_code), frame.f_lasti]
-        except (KeyError, ValueError):  # not seen before; not so deep
+        except (KeyError, ValueError):  # an unknown line; a stack that is not so deep
             pass
         line, steps = self.search(_get_frame(1))
         self._depth = steps + 1
@@ -68,11 +68,10 @@ class LineFinder:
     def search(self, frame: FrameType | None) -> tuple[Line | None, int]:
         """Return the innermost line of the application, at or outside of a frame.
 
-        An application that is installed like a library has none: then it is the innermost line
-        inside of the middleware that belongs neither to SQLAlchemy nor to Python.
+        An application that is installed like a library has no such line. Then it is the innermost
+        line of a library inside of the middleware.
 
-        :return: the line, None if there is only Python, SQLAlchemy and this package; and how many
-            frames were passed over.
+        :return: the line, or None if it was not found; and how many frames were skipped.
         """
         library: Line | None = None
         steps = 0
@@ -87,7 +86,7 @@ class LineFinder:
                 if kind == LIBRARY:
                     library = code, frame.f_lasti
             elif kind == OURS:
-                # Outside of the middleware is the server, which may be started by a script.
+                # Outside of the middleware is the server, perhaps in a script of its user.
                 break
             steps += 1
             frame = frame.f_back
@@ -95,7 +94,7 @@ class LineFinder:
 
 
 def kind_of(filename: str) -> int:
-    """Return what a file belongs to."""
+    """Return the kind of a file."""
     if filename.startswith(_OURS):
         return OURS
     if filename.startswith(_SQLALCHEMY):
@@ -106,7 +105,7 @@ def kind_of(filename: str) -> int:
 
 
 def show_line(line: Line | None) -> str:
-    """Return a line in the words of a traceback."""
+    """Return a line as text: file, number and function."""
     if line is None:
         return "an unknown line"
     code, instruction = line

@@ -1,4 +1,4 @@
-"""The page of the board, and the policy that lets it run nothing but itself."""
+"""The page of the board, and a policy that allows only its own script and style."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from importlib.resources import files
 
 PAGE = files(__name__.rpartition(".")[0]).joinpath("page.html").read_bytes()
-"""It is the same for everybody: what it shows, it asks for."""
+"""The page is static: its script fetches the data."""
 
 
 def _hash(element: bytes) -> str:

@@ -1,9 +1,8 @@
-"""What a pool and a dialect do is told to an account: connections and statements.
+"""Record the connections of a pool, and the statements of a dialect, in an account.
 
-SQLAlchemy has an event for a connection that is returned, but none for one that is waited for,
-and its events for statements cost a request as much as a statement does. So the methods
-``Pool.connect()``, ``Dialect.do_...()`` and ``Engine.dispose()``, which are public, are replaced
-on the instance.
+SQLAlchemy has no event for the wait for a connection, and its events for statements cost as much
+as a statement. So a watch replaces public methods on the instances: ``Pool.connect()``,
+``Dialect.do_...()`` and ``Engine.dispose()``.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ if TYPE_CHECKING:
 
 
 class WatchedPool:
-    """An engine's pool whose connections are accounted for.
+    """An engine's pool, whose connections an account records.
 
-    ``Engine.dispose()`` makes a new one, with the same events, which takes the place of the old.
+    ``Engine.dispose()`` replaces the pool with a new one, which has the same listeners.
 
     :param engine: the engine.
-    :param account: that of the process.
+    :param account: the account of the process.
     """
 
     def __init__(self, engine: Engine, account: Account) -> None:
@@ -48,23 +47,23 @@ class WatchedPool:
         self._released = False
         self.is_per_thread = isinstance(engine.pool, SingletonThreadPool)
         pool = engine.pool
-        # Weak, because an engine that the application has dropped has to go.
+        # Weak, so that an engine that the application has dropped is collected.
         self.dialect = weakref.ref(engine.dialect)
         self._pool: Callable[[], Pool | None] = lambda: None
         self._listen(pool)
-        self.take(pool)
+        self.track(pool)
         dialect = engine.dialect
-        self._replace(engine, "dispose", partial(self._taking_dispose, weakref.ref(engine)))
+        self._replace(engine, "dispose", partial(self._tracked_dispose, weakref.ref(engine)))
         self._replace(dialect, "do_execute", self._timed_execute)
         self._replace(dialect, "do_executemany", self._timed_execute)
         self._replace(dialect, "do_execute_no_params", self._timed_execute_no_params)
 
-    def take(self, pool: Pool) -> None:
-        """Account for this pool's connections: the first one, or one that took its place."""
+    def track(self, pool: Pool) -> None:
+        """Record the connections of this pool, which may have replaced the previous one."""
         if self._released or self._pool() is pool:
             return
         self._pool = weakref.ref(pool)
-        self._replace(pool, "connect", self._accounted_connect)
+        self._replace(pool, "connect", self._tracked_connect)
 
     def release(self) -> None:
         """Restore what was replaced."""
@@ -76,12 +75,12 @@ class WatchedPool:
         original = getattr(owner, name)
         replaced = wrap(original)
         setattr(owner, name, replaced)
-        # Weak, because it refers to its owner, and a pool that was disposed of has to go.
+        # Weak, because `replaced` refers to its owner, and a disposed pool must be collected.
         ref, mine = weakref.ref(owner), weakref.ref(replaced)
 
         def undo() -> None:
             found = ref()
-            # A wrapper that was put around it since keeps it in use: then it only passes on.
+            # Another tool may have wrapped it since. Then it stays, but records nothing more.
             if found is not None and found.__dict__.get(name) is mine():
                 delattr(found, name)
 
@@ -91,23 +90,23 @@ class WatchedPool:
 
     def _listen(self, pool: Pool) -> None:
         account = self._account
-        holds, backends, beneath = account.holds, account.backends, account.beneath
+        holds, backends, sharing = account.holds, account.backends, account.sharing
 
         def on_connect(connection: Any, _: ConnectionPoolEntry) -> None:
-            # A child of a fork opens connections of its own before it gets one.
+            # After a fork without Python handlers, this is the first listener that runs.
             account.of_this_process()
             backends[id(connection)] = backend_pid(connection)
 
         def on_return(connection: Any, *_: Any) -> None:
             hold = holds.pop(id(connection), None)
             if hold is not None:
-                if beneath:
+                if sharing:
                     hold = account.returned(id(connection), hold)
                 hold.end()
 
         def on_close(connection: Any, *_: Any) -> None:
             backends.pop(id(connection), None)
-            while id(connection) in holds:  # others share it, and one has invalidated it
+            while id(connection) in holds:  # several share it, and one has invalidated it
                 on_return(connection)
 
         self._on_return = on_return
@@ -116,17 +115,17 @@ class WatchedPool:
             ("close", on_close),
             ("close_detached", on_close),
             ("checkin", on_return),
-            ("detach", on_return),  # it is the application's now, and the pool has room again
-            ("invalidate", on_return),  # "checkin" follows without the connection
+            ("detach", on_return),  # it no longer counts against the pool's size
+            ("invalidate", on_return),  # the "checkin" that follows does not have it
         ):
             self._listen_to(pool, name, listener)
 
     def _listen_to(self, pool: Pool, name: str, listener: Callable[..., None]) -> None:
         event.listen(pool, name, listener)
-        self._undo.append(partial(_forget, weakref.ref(pool), name, listener))
+        self._undo.append(partial(_remove_listener, weakref.ref(pool), name, listener))
 
     def share(self) -> None:
-        """Expect that one connection has several holders: StaticPool."""
+        """Account for several holders of one connection: StaticPool."""
         pool = self._pool()
         if pool is None or self._is_shared:
             return
@@ -134,29 +133,29 @@ class WatchedPool:
         on_return = self._on_return
 
         def on_reset(connection: Any, record: ConnectionPoolEntry | None, _: Any) -> None:
-            # All holders have one record, so only the first return is followed by "checkin".
+            # All holders share one record, so "checkin" follows only the first return.
             if record is not None and not record.in_use:
                 on_return(connection)
 
-        # Not before it is needed: with this event, each return costs more.
+        # Only when needed: a listener of this event slows down each return.
         self._listen_to(pool, "reset", on_reset)
 
-    def _taking_dispose(self, ref: weakref.ref[Engine], dispose: Callable[..., None]) -> Any:
-        # With the event "engine_disposed", as with each event of an engine, a SELECT would cost a
-        # fifth more.
-        def taking_dispose(*arguments: Any, **options: Any) -> None:
+    def _tracked_dispose(self, ref: weakref.ref[Engine], dispose: Callable[..., None]) -> Any:
+        # A listener of "engine_disposed", like any listener of an engine, would make a SELECT cost
+        # a fifth more.
+        def tracked_dispose(*arguments: Any, **options: Any) -> None:
             dispose(*arguments, **options)
             engine = ref()
-            assert engine is not None, "the engine is the one whose method this is"
-            self.take(engine.pool)
+            assert engine is not None, "its own method runs"
+            self.track(engine.pool)
 
-        return taking_dispose
+        return tracked_dispose
 
-    def _accounted_connect(self, connect: Callable[[], PoolProxiedConnection]) -> Any:
+    def _tracked_connect(self, connect: Callable[[], PoolProxiedConnection]) -> Any:
         account = self._account
         asked, got, waiting = account.asked, account.got, account.waiting
 
-        def accounted_connect() -> PoolProxiedConnection:
+        def tracked_connect() -> PoolProxiedConnection:
             if self._released:
                 return connect()
             hold = asked(self)
@@ -175,14 +174,14 @@ class WatchedPool:
             got(hold, connection)
             return connection
 
-        return accounted_connect
+        return tracked_connect
 
     def is_gone(self) -> bool:
         """Return whether the application has dropped the engine."""
         return self.dialect() is None
 
     def use(self) -> PoolUse | None:
-        """Return how much of it is in use, None if the pool is gone."""
+        """Return how much of the pool is in use, None if it is gone."""
         pool = self._pool()
         if pool is None:
             return None
@@ -212,7 +211,7 @@ class WatchedPool:
             cursor: Any, statement: str, parameters: Any, context: Any = None
         ) -> None:
             try:
-                # "Optional DB API Extensions" of PEP 249; most cursors have it, and it is quicker.
+                # An optional extension of PEP 249, which most cursors have: it is faster.
                 hold = holds[id(cursor.connection)]
             except (AttributeError, KeyError):
                 found = None
@@ -231,7 +230,7 @@ class WatchedPool:
                 hold.busy += now - began
                 hold.statements += 1
                 if statement not in reads:
-                    hold.wrote = either(hold.wrote, reads.judge(statement))
+                    hold.wrote = either(hold.wrote, reads.classify(statement))
 
         return timed_execute
 
@@ -247,13 +246,13 @@ class WatchedPool:
         return timed_execute_no_params
 
 
-def _forget(ref: weakref.ref[Pool], name: str, listener: Callable[..., None]) -> None:
+def _remove_listener(ref: weakref.ref[Pool], name: str, listener: Callable[..., None]) -> None:
     pool = ref()
     if pool is not None:
         event.remove(pool, name, listener)
 
 
 def _limit(pool: QueuePool) -> int | None:
-    # No public name tells it: overflow() is that of the moment, and status() has no more.
+    # No public name has the limit: overflow() and status() return the current overflow.
     overflow: int = cast("Any", pool)._max_overflow
     return None if overflow < 0 else pool.size() + overflow

@@ -1,4 +1,4 @@
-"""What a watch returns: who holds, who waits, what has ended, and how much of a pool is in use."""
+"""What a watch returns: the records of holders, waiters, ended scopes, lines and pools."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ class Holder:
 
     name: str
     """``"POST /notes"``, the name of a ``session_scope`` block, or "outside of a scope".
-    "a scope that was dropped" ended without ``close()``, as a forgotten response does."""
+    "a scope that was dropped" is, for example, that of a response that was never closed."""
 
     method: str | None
     """The method of the request; None for a block, and outside of a scope."""
 
     path: str | None
-    """The path of the request, without its query; None likewise."""
+    """The path of the request, without its query; None for a block, and outside of a scope."""
 
     state: State
-    """"running": in a statement, a fetch of its rows, or a COMMIT. "idle": between statements.
-    "overdue": idle for longer than ``warn_after``. "left over": its scope has ended, but the
-    connection was not returned."""
+    """"running": in a statement, a fetch of its rows, a COMMIT or a ROLLBACK. "idle": between
+    statements. "overdue": idle for longer than ``warn_after``. "left over": its scope has ended,
+    but the connection was not returned."""
 
     since: datetime
-    """When it got the connection."""
+    """When the pool returned the connection."""
 
     held_s: float
-    """For how many seconds it has had it."""
+    """For how many seconds it has held the connection."""
 
     idle_s: float
-    """For how many seconds the database has had nothing to do for it."""
+    """For how many seconds the database has not worked for it; 0 while it is running."""
 
     idle_share: float
-    """The share of the time in which it ran no statement, from 0 to 1. Fetches count as idle."""
+    """The share of the time without a statement, from 0 to 1. Fetches count as idle."""
 
     statements: int
     """How many statements it has run on this connection."""
@@ -49,17 +49,17 @@ class Holder:
     """Whether one of them was an INSERT, UPDATE, DELETE or the like; None if that is unknown."""
 
     backend_pid: int | None
-    """The number of the database's process or thread, where the driver tells it."""
+    """The ID of the database's process or thread; None if the driver does not have it."""
 
     thread: str
     """The thread or greenlet that asked for it."""
 
     line: str
-    """The line of the application that first asked for it."""
+    """The line of the application that asked for it."""
 
     now: str | None
-    """Where that thread or greenlet is now, where Python tells it: "at ...", or "between two
-    blocks of the response"."""
+    """What that thread or greenlet is doing: "at ..." with the line, or "between two blocks of the
+    response". None if unknown."""
 
     pool: str
     """The pool that the connection belongs to."""
@@ -88,16 +88,16 @@ class Ended:
     path: str | None
     ended: datetime
     held_s: float
-    """For how many seconds it held a connection, those of several added up."""
+    """For how many seconds it held connections, added up."""
 
     in_statements_s: float
-    """For how many of these it ran statements, without fetches and COMMIT."""
+    """For how many of these seconds it ran statements, without fetches and COMMIT."""
 
     waited_s: float
-    """For how many seconds it waited for the pool, or for the database to accept it."""
+    """For how many seconds it waited for the pool, or for a new connection to open."""
 
     connections: int
-    """How often it got a connection."""
+    """How many connections it got."""
 
     statements: int
     wrote: bool | None
@@ -107,12 +107,12 @@ class Ended:
     """Which attempt at the request it was, from 1; see :mod:`wsgi_dbsession.retry`."""
 
     line: str
-    """The line of the application that first asked for a connection."""
+    """The line of the application that asked for the first connection."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What scopes that first asked at one line have done, all together."""
+    """A line of the application, and the scopes that asked for their first connection there."""
 
     line: str
     name: str
@@ -134,13 +134,13 @@ class PoolUse:
     """The class of the pool."""
 
     size: int | None
-    """How many connections it keeps; None if it does not count."""
+    """How many connections it keeps open; None if it is not a ``QueuePool``."""
 
     limit: int | None
-    """How many connections it opens at most; None if there is no limit."""
+    """How many connections it opens at most; None if there is no limit, or no ``QueuePool``."""
 
     checked_out: int
     idle: int
     waiting: int
     timeouts: int
-    """How often a wait for it timed out."""
+    """How many waits for a connection have timed out."""

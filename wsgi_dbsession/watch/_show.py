@@ -1,4 +1,4 @@
-"""What is shown of an account: who holds a connection right now, and who waits for one."""
+"""Describe the current holders of an account, and who waits for a connection."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sqlalchemy.engine.cursor import CursorFetchStrategy
 
 from wsgi_dbsession._response import Response
 
-from ._here import frame_of, name_of, thread_frames, thread_names
 from ._line import SQLALCHEMY, LineFinder, kind_of, show_line
 from ._records import Holder, Waiter
+from ._threads import frame_of, name_of, thread_frames, thread_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _ENDS = frozenset({"do_commit", "do_rollback", "do_prepare_twophase", "do_commit_twophase"})
 _FETCHES = frozenset({"fetchone", "fetchmany", "fetchall"})
-# A Result has methods of these names, too, which run code of the application.
+# A Result has methods with the same names, which run application code too.
 _FETCHING = CursorFetchStrategy.fetchone.__code__.co_filename
 _finder = LineFinder()
 
@@ -44,7 +44,7 @@ def show_holders(
             statements=hold.statements,
             wrote=hold.wrote,
             backend_pid=backends.get(key),
-            thread=name_of(hold.here, names),
+            thread=name_of(hold.ident, names),
             line=show_line(hold.line),
             now=where(hold, frames),
             pool=hold.pool.name,
@@ -61,7 +61,7 @@ def show_waiting(waiting: set[Hold]) -> list[Waiter]:
             **hold.names()._asdict(),
             since=_ago(now - hold.asked),
             waited_s=now - hold.asked,
-            thread=name_of(hold.here, names),
+            thread=name_of(hold.ident, names),
             line=show_line(hold.line),
             pool=hold.pool.name,
         )
@@ -74,9 +74,9 @@ def where(hold: Hold, frames: dict[int, FrameType]) -> str | None:
     if hold.is_left_over():
         return None
     if hold.is_between_steps():
-        # Its thread may serve another request meanwhile.
+        # Its thread may be serving another request.
         return "between two blocks of the response"
-    line, _ = _finder.search(frame_of(hold.here, frames))
+    line, _ = _finder.search(frame_of(hold.ident, frames))
     return None if line is None else f"at {show_line(line)}"
 
 
@@ -90,7 +90,7 @@ def describe(hold: Hold, now: float, frames: dict[int, FrameType]) -> str:
 
 
 def is_stream(hold: Hold, frames: dict[int, FrameType]) -> bool:
-    """Return whether a connection is held by a response of which blocks have been sent."""
+    """Return whether the holder is a response whose body is being iterated over."""
     if hold.is_left_over():
         return False
     return hold.is_between_steps() or any(
@@ -101,7 +101,7 @@ def is_stream(hold: Hold, frames: dict[int, FrameType]) -> bool:
 def state_of(
     hold: Hold, now: float, warn_after: float | None, frames: dict[int, FrameType]
 ) -> State:
-    """Return in which state a holder is."""
+    """Return the state of a holder."""
     if hold.is_left_over():
         return "left over"
     if is_running(hold, frames):
@@ -110,13 +110,13 @@ def state_of(
 
 
 def is_running(hold: Hold, frames: dict[int, FrameType]) -> bool:
-    """Return whether the database works for a holder: on a statement, a fetch or a COMMIT."""
+    """Return whether the database works for a holder: on a statement, a fetch, or its end."""
     if hold.began:
         return True
     if hold.is_left_over() or hold.is_between_steps():
-        # Its thread may serve another request meanwhile.
+        # Its thread may be serving another request.
         return False
-    # To account for each fetch and each COMMIT would cost each request something.
+    # The stack shows it, because to record fetches and COMMITs would slow down each request.
     for frame in _stack(hold, frames):
         code = frame.f_code
         if code.co_name in _FETCHES and code.co_filename == _FETCHING:
@@ -127,12 +127,12 @@ def is_running(hold: Hold, frames: dict[int, FrameType]) -> bool:
 
 
 def idle(hold: Hold, now: float, frames: dict[int, FrameType]) -> float:
-    """Return for how many seconds the database has done nothing for a holder."""
+    """Return for how many seconds the database has not worked for a holder."""
     return 0.0 if is_running(hold, frames) else now - hold.last
 
 
 def _stack(hold: Hold, frames: dict[int, FrameType]) -> Iterator[FrameType]:
-    frame = frame_of(hold.here, frames)
+    frame = frame_of(hold.ident, frames)
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Whether a statement writes, as far as its words tell."""
+"""Tell from the words of a statement whether it writes."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ _LONGEST = 2000
 
 
 class Reads(set[str]):
-    """Statements that are known to write nothing: an application sends few, but often."""
+    """A cache of statements that write nothing: an application repeats few statements often."""
 
-    def judge(self, statement: str) -> bool | None:
-        """Return what :func:`writes` returns, and keep the statement if it is False."""
+    def classify(self, statement: str) -> bool | None:
+        """Return the result of :func:`writes`, and store the statement if it is False."""
         found = writes(statement)
         if found is False and len(statement) <= _LONGEST:
             if len(self) >= _MOST:
@@ -65,9 +65,9 @@ class Reads(set[str]):
 
 
 def writes(statement: str) -> bool | None:
-    """Return whether a statement writes; None if it may, such as CALL.
+    """Return whether a statement writes. None if unknown, such as for ``CALL``.
 
-    A SELECT that calls a function counts as a read, whatever that does.
+    A ``SELECT`` counts as a read, even if it calls a function that writes.
     """
     match = _FIRST_WORD.match(statement)
     word = match[1].lower() if match else ""

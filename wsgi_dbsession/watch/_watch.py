@@ -1,4 +1,4 @@
-"""The watch: one object that knows who holds, who waits, and what has ended."""
+"""The watch: an observer that records holders, waiters and ended scopes."""
 
 from __future__ import annotations
 
@@ -47,19 +47,20 @@ class Watch(Observer):
         app = SessionMiddleware(app, Session, observers=[watch])
         app = watch.board(app, "/_db")
 
-    From its construction on, it accounts for each connection of the engines to which the
-    registries are bound, and of other engines that their Sessions use, once they have used them.
-    It observes each scope whose middleware or block has one of the registries, as
-    :func:`observe` does; `observers` are for a middleware that has none of them.
-    When a pool times out, a note on the :exc:`sqlalchemy.exc.TimeoutError` names the holders,
-    and so does a line of the log.
+    The watch starts when it is created. It records each connection of the engines to which the
+    registries are bound, and of other engines after a Session has used them. It observes each
+    scope whose middleware or block has one of the registries, as :func:`observe` does. Pass it as
+    one of the `observers` to a middleware that has none of them.
 
-    Each process keeps its own records: nothing is shared, and no query is sent to the database.
+    When a pool times out, a note on the :exc:`sqlalchemy.exc.TimeoutError` lists the holders, and
+    so does an ERROR in the log.
+
+    Each process has its own records. The watch sends no query to the database.
 
     :param registries: the ``scoped_session`` objects whose connections to watch.
-    :param warn_after: log a warning, once per line of the application, when a connection has been
-        held for more than this many seconds without a statement, or by a stream. None never
-        does.
+    :param warn_after: log a warning when a connection has been held for more than this many
+        seconds: without a statement, by a stream, or beyond its scope's end. Each line of the
+        application causes one warning of each kind. None disables them.
     :raises TypeError: see :class:`session_scope`, or ``warn_after`` is not a number.
     :raises ValueError: see :class:`session_scope`, or ``warn_after`` is not positive.
     """
@@ -81,7 +82,7 @@ class Watch(Observer):
             for bind in binds:
                 if bind is not None:
                     self._watch_engine(bind.engine)
-            # Other engines: those of get_bind(), or of a later configure().
+            # For other engines, from get_bind() or a later configure().
             listener = self._make_listener()
             event.listen(factory.class_, "after_begin", listener)
             self._listeners.append((factory.class_, listener))
@@ -109,14 +110,14 @@ class Watch(Observer):
             account.close(hold, scope)
 
     def _make_listener(self) -> Callable[..., None]:
-        # One for each class: SQLAlchemy 2.0 cannot remove the same one from two.
+        # One for each class: SQLAlchemy 2.0 cannot remove the same listener from two.
         account, holds = self._account, self._account.holds
 
         def begun(_: Session, __: SessionTransaction, connection: Connection) -> None:
             pooled = connection.connection
             key = id(pooled.dbapi_connection)
             if key not in holds and not pooled.is_detached:
-                # Its pool was not watched when the connection was asked for.
+                # Its pool was not watched at the checkout.
                 hold = account.asked(self._watch_engine(connection.engine))
                 account.backends[key] = backend_pid(pooled.dbapi_connection)
                 account.got(hold, pooled)
@@ -126,9 +127,9 @@ class Watch(Observer):
     def _watch_engine(self, engine: Engine) -> WatchedPool:
         with self._lock:
             for watched in self._pools:
-                # It is shared with what Engine.execution_options() returns.
+                # Engine.execution_options() returns an engine with the same dialect.
                 if watched.dialect() is engine.dialect:
-                    watched.take(engine.pool)
+                    watched.track(engine.pool)
                     return watched
             self._pools = [each for each in self._pools if not each.is_gone()]
             watched = WatchedPool(engine, self._account)
@@ -140,27 +141,30 @@ class Watch(Observer):
             self._pools.append(watched)
             return watched
 
-    # -- what it knows ----------------------------------------------------------------------------
+    # -- what it returns --------------------------------------------------------------------------
 
     def holders(self) -> list[Holder]:
-        """Return who holds a connection right now, the longest first."""
+        """Return who holds a connection right now, the one with the longest time first."""
         account = self._account.of_this_process()
         return show_holders(account.holds, account.backends, self.warn_after)
 
     def waiting(self) -> list[Waiter]:
-        """Return who waits for a connection right now, the longest first."""
+        """Return who waits for a connection right now, the one with the longest time first."""
         return show_waiting(self._account.of_this_process().waiting)
 
     def ended(self) -> list[Ended]:
         """Return the last scopes that have ended, the last one first.
 
-        Those that asked for no connection are left out. Those that asked and got none, because
-        the pool timed out or the database refused, have 0 ``connections``.
+        Scopes that asked for no connection are left out. If the pool timed out or the database
+        refused the connection, ``connections`` is 0.
         """
         return self._account.of_this_process().show_ended()
 
     def places(self) -> list[Place]:
-        """Return the lines that scopes first asked at, the one with the longest time first."""
+        """Return the lines at which scopes first asked for a connection.
+
+        The line with the longest time comes first.
+        """
         return self._account.of_this_process().show_places()
 
     def pools(self) -> list[PoolUse]:
@@ -171,13 +175,13 @@ class Watch(Observer):
         return [use for use in uses if use is not None]
 
     def on_end(self, callback: F) -> F:
-        """Call ``callback(ended)`` for each scope that :meth:`ended` has.
+        """Call ``callback(ended)`` for each scope that :meth:`ended` returns.
 
-        It runs in the thread of the scope; an error in it is logged only. The scopes that it uses
-        itself, to store what it is given, are recorded, but no callback is called for them.
+        It runs in the thread of the scope, and its errors are logged. A callback may use scopes
+        itself: they are recorded, but no callback is called for them.
 
         :param callback: a callable that takes an :class:`Ended`.
-        :return: the callback, so that this is a decorator too.
+        :return: the callback, so that this method works as a decorator too.
         """
         self._account.callbacks += (callback,)
         return callback
@@ -188,13 +192,14 @@ class Watch(Observer):
         path: str = "/_db",
         allow: Callable[[WSGIEnvironment], bool] = allow_loopback,
     ) -> Board:
-        """Put a page around the application that shows all this, and refreshes itself.
+        """Return the application with a page that shows all this and refreshes itself.
 
-        :param app: the WSGI application: outermost, so that it answers even if that does not.
-        :param path: where the page is.
-        :param allow: called with environ, returns whether to answer; others get a 404. The
-            default answers clients on this machine only, and none under waitress, see
-            :func:`allow_loopback`.
+        :param app: the WSGI application with all its middlewares, so that the page answers even
+            if they fail.
+        :param path: the path of the page.
+        :param allow: called with the environ, returns whether to answer; otherwise the client
+            gets a 404. The default answers clients on this machine only, and none under waitress,
+            see :func:`allow_loopback`.
         :return: the WSGI application to serve.
         :raises TypeError: ``app`` or ``allow`` is not callable.
         :raises ValueError: ``path`` does not begin with a slash.
@@ -217,10 +222,10 @@ class Watch(Observer):
             "places": self.places(),
         }
 
-    def renew(self) -> None:
-        """Begin anew, in a child process."""
+    def _reset(self) -> None:
+        """Reset the watch in a child process."""
         self._lock = threading.Lock()
-        self._account.renew()
+        self._account.reset()
 
 
 def _check(warn_after: object) -> None:
@@ -234,10 +239,10 @@ def _check(warn_after: object) -> None:
         raise ValueError(msg)
 
 
-def _renew_all() -> None:
+def _reset_all() -> None:
     for watch in list(_watches):
-        watch.renew()
+        watch._reset()
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has no fork
-    os.register_at_fork(after_in_child=_renew_all)
+    os.register_at_fork(after_in_child=_reset_all)

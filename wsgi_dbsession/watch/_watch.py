@@ -241,7 +241,7 @@ def _check(warn_after: object) -> None:
 
 def _reset_all() -> None:
     for watch in list(_watches):
-        watch._reset()
+        watch._reset()  # pyright: ignore[reportPrivateUsage] - the same module
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has no fork

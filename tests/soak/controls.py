@@ -207,7 +207,7 @@ def _call_unknown_a_rollback() -> None:
 
 def _retry_everything() -> None:
     _replace(Attempt, "obstacle", lambda attempt: None)
-    _replace(Attempt, "why", lambda attempt, error: "whatever it is")
+    _replace(Attempt, "reason_for", lambda attempt, error: "whatever it is")
 
 
 def _run_all_hooks() -> None:

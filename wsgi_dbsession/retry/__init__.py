@@ -1,7 +1,6 @@
-"""Retry: a request or a job that lost a race runs again.
+"""Retry: run a request or a job again if its transaction lost a race.
 
-Only where nothing of the failed attempt was committed, and where the client has not received
-anything of it.
+It is retried only if the failed attempt committed nothing and sent nothing to the client.
 """
 
 from ._attempt import Retry, is_retryable

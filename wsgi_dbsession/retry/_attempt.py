@@ -1,4 +1,4 @@
-"""One attempt: what the database reported in it, and what it committed."""
+"""One attempt: the errors that the database reported, and what was committed."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ if TYPE_CHECKING:
     from wsgi_dbsession._scope import Scope
 
 KEY = "wsgi_dbsession.retry"
-"""Where an environ, or the ``info`` of a block, has its attempt."""
+"""The attempt's key in the environ of a request, or in ``Scope.info`` of a block."""
 
 UNKNOWN = "its COMMIT may have taken place"
 _COMMITTED = "it has committed"
 _AUTOCOMMIT = "it used a connection at AUTOCOMMIT, which may have written"
-_LOOSE = "it used a connection without a Session, which may have committed"
+_WITHOUT_SESSION = "it used a connection without a Session, which may have committed"
 
 
-class Retry(Exception):  # noqa: N818 - it is an order, like StopIteration
+class Retry(Exception):  # noqa: N818 - it is a signal, like StopIteration
     """Raise it to run the request, or the function of :func:`run_transaction`, again.
 
-    It counts even if the framework turns it into an error page. After the last attempt it is an
-    error like any other.
+    The request is retried even if the framework turns the exception into an error page. After the
+    last attempt it propagates like any other.
     """
 
     def __init__(self, *args: object) -> None:
@@ -58,14 +58,14 @@ class Retry(Exception):  # noqa: N818 - it is an order, like StopIteration
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Return whether this error promises that nothing was committed and a new try may succeed.
+    """Return whether nothing was committed with this error and another attempt may succeed.
 
-    That is a :class:`Retry`, an error of the database with one of the :data:`RETRYABLE_CODES`, or
-    a connection that SQLAlchemy found dead when it sent a statement. A connection that was lost
-    during COMMIT is not retryable: the transaction may have been committed.
+    That is true of a :class:`Retry`, of a database error with one of the
+    :data:`RETRYABLE_CODES`, and of a connection that SQLAlchemy found dead when it sent a
+    statement. A connection that was lost during COMMIT is not retryable: the transaction may have
+    been committed.
 
-    :param error: an exception of SQLAlchemy, or of the driver.
-    :return: whether it is one of these; what caused it is not looked at.
+    :param error: an exception of SQLAlchemy, or of the driver; its cause is not considered.
     """
     if isinstance(error, Retry):
         return True
@@ -73,13 +73,13 @@ def is_retryable(error: BaseException) -> bool:
 
 
 def attempts() -> list[Attempt]:
-    """Return the attempts that are made here, the innermost first."""
-    # A request in a request may have got a copy of its environ: then one attempt is here twice.
+    """Return the attempts of the active scopes, from the innermost outwards."""
+    # An inner request may have a copy of the outer one's environ: its attempt is then here twice.
     return [attempt for scope in scopes() if (attempt := attempt_of(scope)) is not None]
 
 
 def attempt_of(scope: Scope) -> Attempt | None:
-    """Return the attempt that a scope is, or is in."""
+    """Return the attempt that a scope belongs to, or None."""
     holder: Mapping[str, Any] = scope.info if scope.environ is None else scope.environ
     return holder.get(KEY)
 
@@ -87,19 +87,19 @@ def attempt_of(scope: Scope) -> Attempt | None:
 class Attempt:
     """What the database reported in one attempt, and what was committed in it.
 
-    :param find: describes what makes an error retryable, if anything does.
-    :param may_go_on: returns whether there are attempts left.
+    :param find: called with an error, describes why it is retryable, or returns None.
+    :param has_next: returns whether attempts and time are left.
     :param retry_connect: whether a failure to connect is retryable.
     """
 
     __slots__ = (
         "_committing",
+        "_connect_errors",
         "_find",
+        "_has_next",
         "_is_indirect",
-        "_loose",
-        "_may_go_on",
-        "_refused",
         "_retry_connect",
+        "_without_session",
         "committed",
         "environ",
         "failed_to_commit",
@@ -113,30 +113,30 @@ class Attempt:
     def __init__(
         self,
         find: Callable[[BaseException], str | None],
-        may_go_on: Callable[[], bool],
+        has_next: Callable[[], bool],
         *,
         retry_connect: bool,
     ) -> None:
-        self.reason: str | None = None  # what makes the last error of the database retryable
-        self.committed: str | None = None  # how, if anything was
-        self.unknown = False  # whether a COMMIT took place
-        # The id of the request's environ, which has this attempt: a reference would be a cycle.
+        self.reason: str | None = None  # why the last error of the database is retryable
+        self.committed: str | None = None  # what was committed, or may have been
+        self.unknown = False  # whether a COMMIT may have taken place
+        # The id of the environ, which refers to this attempt: a reference back would be a cycle.
         self.environ: int | None = None
-        # What the core says of the outcome.
+        # The last outcome.
         self.succeeded = self.failed_to_commit = False
-        self.is_logged = False
-        # The failure of a commit that the core does not log, as another attempt is to follow.
+        self.is_logged = False  # whether the core has logged a failed commit
+        # A failed commit that the core has not logged, because another attempt was to follow.
         self.unlogged: Exception | None = None
         self._find = find
-        self._may_go_on = may_go_on
+        self._has_next = has_next
         self._retry_connect = retry_connect
-        self._committing = False  # from a COMMIT to its success, or to the report of its failure
-        self._is_indirect = False
-        # Left the pool, but not for a Session. What is dead already counts: it was used.
-        self._loose: tuple[weakref.ref[PoolProxiedConnection], ...] = ()
-        self._refused: tuple[weakref.ref[BaseException], ...] = ()
+        self._committing = False  # from a COMMIT to its success or its error
+        self._is_indirect = False  # whether the last transaction bypasses the dialect
+        # Connections that left their pool, but not for a Session. Dead references count, too.
+        self._without_session: tuple[weakref.ref[PoolProxiedConnection], ...] = ()
+        self._connect_errors: tuple[weakref.ref[BaseException], ...] = ()
 
-    # -- what the core tells ----------------------------------------------------------------------
+    # -- events of the core -----------------------------------------------------------------------
 
     def settle(self, scope: Scope) -> None:
         """Record an outcome."""
@@ -145,34 +145,37 @@ class Attempt:
         if scope.outcome == "unknown":
             self.unknown = True
         elif scope.outcome != "rollback":
-            # Even if no database was used: the hooks have run.
+            # Even if no database was used, the on_commit hooks have run.
             self.committed = _COMMITTED
 
-    def will_retry(self, scope: Scope, failure: BaseException) -> bool:
-        """Return whether another attempt follows this failed commit."""
+    def fail_commit(self, failure: BaseException) -> bool:
+        """Record a failed commit.
+
+        :return: whether another attempt follows, so that the core does not log the failure.
+        """
         if isinstance(failure, Exception):
-            # If commit_error answers, nothing else shows the failure.
-            self.reason = self.why(failure)
-            if self.is_followed(failure):
+            # commit_error may turn the failure into a response.
+            self.reason = self.reason_for(failure)
+            if self.will_retry(failure):
                 self.unlogged = failure
                 return True
-        self.is_logged = True  # by the core
+        self.is_logged = True
         return False
 
-    def is_followed(self, error: BaseException | None) -> bool:
-        """Return whether another attempt follows, now that this one fails.
+    def will_retry(self, error: BaseException | None) -> bool:
+        """Return whether another attempt follows if this one fails now.
 
-        :param error: what was raised; None where the failure shows in the response only.
+        :param error: the exception that was raised, None if only the response shows the failure.
         """
-        return self.why(error) is not None and self.obstacle() is None and self._may_go_on()
+        return self.reason_for(error) is not None and self.obstacle() is None and self._has_next()
 
-    # -- what SQLAlchemy tells --------------------------------------------------------------------
+    # -- events of SQLAlchemy ---------------------------------------------------------------------
 
     def check_out(self, proxy: PoolProxiedConnection) -> None:
         """Record that a connection left its pool."""
         if is_standby(proxy.dbapi_connection):
-            return  # where a replica was asked how far it is, say
-        self._loose = (*self._loose, weakref.ref(proxy))
+            return  # it cannot write; Replicas queries its position without a Session
+        self._without_session = (*self._without_session, weakref.ref(proxy))
 
     def begin(
         self, session: Session, transaction: SessionTransaction, connection: Connection
@@ -181,48 +184,51 @@ class Attempt:
         self._is_indirect = type(connection) is not Connection
         if _has_opened(session, transaction, connection):
             proxy = connection.connection
-            self._loose = tuple(ref for ref in self._loose if ref() is not proxy)
-        self._see_autocommit(connection)
+            self._without_session = tuple(
+                ref for ref in self._without_session if ref() is not proxy
+            )
+        self._check_autocommit(connection)
 
     def start_commit(self) -> None:
-        """Record that a COMMIT, or a phase of one, is sent now."""
+        """Record that a COMMIT, or a phase of a two-phase commit, is about to be sent."""
         self._committing = True
 
     def end_commit(self, driver: Any) -> None:
         """Record that a COMMIT took place."""
         self._committing = False
-        # At AUTOCOMMIT it commits nothing: what was written is committed already.
+        # It commits nothing if the server has refused all writes. In a transaction, only a standby
+        # is sure to do so: the application can make the transaction itself read-write.
         if not is_standby(driver) and not (autocommits(driver) and refuses_writes(driver)):
             self.committed = _COMMITTED
 
     def end_indirect_commit(self) -> None:
-        """Record that a Session has committed, for a ``Connection`` that commits in its own way.
+        """Record that a Session has committed on a ``Connection`` that bypasses the dialect.
 
-        Those of :func:`wsgi_dbsession.testing.isolate` do not ask the dialect.
+        :func:`wsgi_dbsession.testing.isolate` makes such connections.
         """
         if self._is_indirect:
             self.committed = _COMMITTED
 
     def end_phase(self) -> None:
-        """Record that a first phase, or the undoing of one, took place."""
+        """Record that a transaction was prepared, or that a prepared one was rolled back."""
         self._committing = False
 
     def roll_back(self, driver: Any) -> None:
-        """Record a ROLLBACK, which undoes nothing if the driver was told to commit by itself."""
+        """Record a ROLLBACK, which undoes nothing if the driver is in autocommit mode."""
         if autocommits(driver) and not refuses_writes(driver):
             self.committed = _AUTOCOMMIT
 
     def fail(self, context: ExceptionContext) -> bool:
         """Record an error of the database.
 
-        :return: whether it leaves open what became of the transaction.
+        :return: whether it leaves the outcome of the transaction unknown.
         """
         error = context.sqlalchemy_exception or context.original_exception
         connection = context.connection
         if connection is None:
             self._fail_to_connect(error)
             return False
-        self._see_autocommit(connection)  # a standby may have been promoted meanwhile
+        self._check_autocommit(connection)  # a standby may have been promoted meanwhile
         committing, self._committing = self._committing, False
         if committing:
             unknown = context.is_disconnect or not is_refusal(error)
@@ -232,11 +238,11 @@ class Attempt:
             self.unknown = True
         elif committing or context.statement is not None:
             self.note(error)
-        # Else a rollback failed: that is a consequence.
+        # Otherwise a rollback failed, which an earlier error has caused.
         return unknown
 
     def note(self, error: BaseException) -> None:
-        """Keep what this error says about the cause of the failure that it may lead to."""
+        """Record this error as the possible cause of a failed attempt."""
         if not is_consequence(error):
             self.reason = self._find(error)
 
@@ -244,22 +250,22 @@ class Attempt:
         self.note(error)
         if self._retry_connect and self.reason is None:
             self.reason = describe_error(error)
-            self._refused = (*self._refused, weakref.ref(error))
+            self._connect_errors = (*self._connect_errors, weakref.ref(error))
 
-    def _see_autocommit(self, connection: Connection) -> None:
-        """Record that statements commit by themselves, if they do."""
+    def _check_autocommit(self, connection: Connection) -> None:
+        """Record whether statements on this connection may commit by themselves."""
         if connection.closed or connection.invalidated or is_read_only(connection):
             return
         driver = connection.connection.dbapi_connection
         if (is_autocommit(connection) or autocommits(driver)) and not refuses_writes(driver):
             self.committed = _AUTOCOMMIT
 
-    # -- what it comes to -------------------------------------------------------------------------
+    # -- decision ---------------------------------------------------------------------------------
 
-    def why(self, error: BaseException | None) -> str | None:
-        """Describe what makes this failure retryable, if anything does.
+    def reason_for(self, error: BaseException | None) -> str | None:
+        """Describe why this failure is retryable, or return None if it is not.
 
-        :param error: what was raised; None where the failure shows in the response only.
+        :param error: the exception that was raised, None if only the response shows the failure.
         """
         if error is None:
             return self.reason
@@ -269,24 +275,25 @@ class Attempt:
         for each in chain(error):
             if is_consequence(each):
                 return self.reason
-            if any(ref() is each for ref in self._refused):
+            if any(ref() is each for ref in self._connect_errors):
                 return describe_error(each)
         return None
 
     def obstacle(self) -> str | None:
-        """Return what forbids another attempt, if anything does."""
+        """Describe what forbids another attempt, or return None."""
         if self.unknown or self._committing:
             return UNKNOWN
         if self.committed is not None:
             return self.committed
-        return _LOOSE if self._loose else None
+        return _WITHOUT_SESSION if self._without_session else None
 
 
 def _has_opened(session: Session, transaction: Any, connection: Connection) -> bool:
-    """Return whether a Session has opened this connection, rather than got it from elsewhere.
+    """Return whether the Session has checked out this connection itself.
 
-    It may be bound to one in three ways, of which only ``Session.bind`` is public.
+    The application may bind a Session to its own connection in three ways, of which only
+    ``Session.bind`` is public.
     """
     opened: bool = transaction._connections[connection][3]
-    # wsgi_dbsession.replica opens one for the Session alone.
+    # wsgi_dbsession.replica checks out a connection for this Session only.
     return opened or getattr(session, "_dbsession_reading", None) is connection

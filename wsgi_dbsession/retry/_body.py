@@ -1,4 +1,4 @@
-"""The request's body: what one attempt has read of it, the next one reads again."""
+"""The request's body, which each attempt can read from its first byte."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _IN_MEMORY = 1 << 16  # bytes
 class Body:
     """A ``wsgi.input`` that can be rewound.
 
-    Nothing is read ahead: an unread body stays where it is. The server's stream gets
-    the calls as the application makes them, because some streams refuse other ones.
+    It does not read ahead, so the server can handle an unread body as usual. It passes a size to
+    the server's stream only if the application does, because some streams refuse other calls.
     """
 
     __slots__ = ("_ended", "_file", "_max_body", "_position", "_size", "_source")
@@ -32,11 +32,11 @@ class Body:
         self._ended = False
 
     def rewind(self) -> None:
-        """Begin anew."""
+        """Go back to the first byte, for the next attempt."""
         self._position = 0
 
     def is_lost(self) -> bool:
-        """Return whether more was read than could be kept."""
+        """Return whether more than ``max_body`` bytes were read, which are not kept."""
         return self._size > self._max_body
 
     def read(self, *size: int | None) -> bytes:
@@ -50,7 +50,7 @@ class Body:
         return kept + self._record(self._source.readline, rest)
 
     def readlines(self, _: int | None = -1, /) -> list[bytes]:
-        return list(self)  # PEP 3333: a server is free to ignore the hint
+        return list(self)  # PEP 3333 lets a server ignore the hint
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self.readline, b"")
@@ -58,9 +58,9 @@ class Body:
     def _replay(
         self, method: str, size: tuple[int | None, ...]
     ) -> tuple[bytes, tuple[int | None, ...]]:
-        """Read again what an earlier attempt has read.
+        """Read what an earlier attempt has already read.
 
-        :return: that, and the argument for what is left to read.
+        :return: these bytes, and the arguments for reading the rest from the server.
         """
         block = b""
         if self._file is not None and self._position < self._size:
@@ -72,14 +72,14 @@ class Body:
         return block, size
 
     def _record(self, read: Callable[..., bytes], size: tuple[int | None, ...]) -> bytes:
-        """Read on, and keep it."""
+        """Read from the server, and keep the block for the next attempt."""
         if self._ended:
             return b""
         block = read(*size)
         self._size += len(block)
         self._position = self._size
         if not block:
-            # Not asked again: on some servers that would wait for the next request.
+            # Reading beyond the end would wait for the client's next request on some servers.
             self._ended = True
         elif self.is_lost():
             self._drop()

@@ -31,7 +31,7 @@ def run_transaction(
     on: On = (),
     retry_connect: bool = False,
 ) -> R:
-    """Call a function in its own ``session_scope`` block, and again if it lost a race.
+    """Call a function in its own ``session_scope`` block, again if its transaction lost a race.
 
     ::
 
@@ -41,26 +41,26 @@ def run_transaction(
 
         run_transaction(transfer, Session)
 
-    It may be called several times, so what it does besides working on the database should wait
-    for the commit: see :meth:`Scope.on_commit`.
+    It may be called several times, so pass its side effects outside of the database to
+    :meth:`Scope.on_commit`.
 
-    :param function: what to call, without arguments.
+    :param function: the function, which is called without arguments.
     :param registries: see :class:`session_scope`.
-    :param attempts: see :class:`RetryMiddleware`, as for the other arguments.
+    :param attempts: see :class:`RetryMiddleware`, also for the arguments below.
     :return: what the function returned in the attempt that was committed.
-    :raises TypeError: the function would run after the block has ended (a generator or coroutine
-        function), or see :class:`session_scope`.
+    :raises TypeError: it is a generator or coroutine function, which would run after the block;
+        or see :class:`session_scope` and :class:`RetryMiddleware`.
     :raises ValueError: see :class:`session_scope` and :class:`RetryMiddleware`.
-    :raises BaseException: what the last attempt raised.
+    :raises BaseException: the exception of the last attempt.
     """
     policy = Policy(attempts, backoff, backoff_max, timeout, (on,), retry_connect).check()
     call = _Call(policy, function)
     block = session_scope(*registries, name=call.describe())
-    block(function)  # refuses what it could not run inside of the block
+    block(function)  # raises if the function would run after the block
     listen()
     while True:
         call.number += 1
-        attempt = Attempt(policy.find, call.may_go_on, retry_connect=retry_connect)
+        attempt = Attempt(policy.find, call.has_next, retry_connect=retry_connect)
         try:
             with block as scope:
                 scope.info[KEY] = attempt

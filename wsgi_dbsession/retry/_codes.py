@@ -1,4 +1,4 @@
-"""What an error of a database means for another attempt."""
+"""Which errors of a database are retryable."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ RETRYABLE_CODES: Mapping[str, str] = MappingProxyType(
         "ORA-08177": "serialization failure: Oracle",
     }
 )
-"""Errors with which a database promises that nothing was committed and a new try may succeed."""
+"""The codes with which a database reports that nothing was committed, and what they mean.
 
-# After an error that was not followed by a rollback, PostgreSQL accepts nothing else.
+Another attempt at the transaction may succeed.
+"""
+
+# After an error, PostgreSQL refuses each statement until a rollback.
 _IN_FAILED_TRANSACTION = "25P02"
 
-# A deadlock ends the transaction in MySQL and MariaDB, and its savepoints with it: the rollback to
-# one of them, which follows, fails.
+# A deadlock ends the transaction in MySQL and MariaDB, and its savepoints with it. The subsequent
+# rollback to a savepoint fails.
 _NO_SAVEPOINT = "1305"
 
-# Where the connection is lost during these, the transaction may be committed, now or later by
-# whoever finds that it was prepared.
+# If the connection is lost during one of these, the transaction may be committed: now, or later
+# when a prepared transaction is resolved.
 _COMMITS = ("COMMIT", "END", "PREPARE TRANSACTION", "XA ")
 
 
@@ -49,7 +52,7 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Return whether this error only follows from an earlier one without a rollback."""
+    """Return whether an earlier error, which no rollback followed, has caused this one."""
     if isinstance(error, PendingRollbackError):
         return True
     found = list(codes(error))
@@ -59,7 +62,7 @@ def is_consequence(error: BaseException) -> bool:
 
 
 def is_lost_commit(context: ExceptionContext) -> bool:
-    """Return whether the connection was lost in a statement that commits or prepares to."""
+    """Return whether the connection was lost in a statement that commits or prepares a commit."""
     statement = context.statement
     return (
         context.is_disconnect
@@ -69,7 +72,7 @@ def is_lost_commit(context: ExceptionContext) -> bool:
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Return an error, what caused it, what caused that, and so on."""
+    """Return an error and the chain of its causes or contexts."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -78,7 +81,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the class of an error, and its code, for a log line."""
+    """Return the name of an error's class and, if it is retryable, its code, for log lines."""
     original = error.orig if isinstance(error, DBAPIError) and error.orig else error
     found = list(codes(error))
     what = next((code for code in found if code in RETRYABLE_CODES), None)

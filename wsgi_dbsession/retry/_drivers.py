@@ -1,4 +1,4 @@
-"""What the driver's connection tells about writes, without a round trip."""
+"""Whether a driver's connection can write, without a round trip."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 def refuses_writes(driver: Any) -> bool:
     """Return whether PostgreSQL refuses every write at AUTOCOMMIT on this connection.
 
-    Asked of what the server reports by itself, from version 14 on. The execution option
-    ``postgresql_readonly`` is not looked at: at AUTOCOMMIT, psycopg ignores it.
+    The server reports it on its own, from version 14 on. The execution option
+    ``postgresql_readonly`` is not enough, because psycopg ignores it at AUTOCOMMIT.
     """
     return is_standby(driver) or _parameter(driver, "default_transaction_read_only") == "on"
 

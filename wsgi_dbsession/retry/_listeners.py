@@ -1,8 +1,8 @@
-"""What tells the running attempts of commits and errors, wherever they come from.
+"""Record all commits and errors of the database in the current attempts.
 
-Not the events of connections, though one of them is for COMMIT: whoever listens to any of them
-slows down every statement of the process, by a sixth for a small one. The methods of a dialect
-that send a COMMIT see the same, also where no Session sends it.
+A listener of ``ConnectionEvents.commit`` would slow down each statement of the process, a short
+one by a sixth. So this wraps the dialect's methods that send COMMIT, whether or not a Session
+calls them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from ._attempt import Attempt
 
 _wrappers: weakref.WeakSet[Callable[[PoolProxiedConnection], None]] = weakref.WeakSet()
-"""Each ``do_commit`` of :func:`_watch`, which lives as long as its dialect."""
+"""The ``do_commit`` functions made by :func:`_watch`; each lives as long as its dialect."""
 _reading: weakref.WeakSet[PoolProxiedConnection] = weakref.WeakSet()
-"""What Sessions read from, where the server refuses writes; its dialect may be another's too."""
+"""Connections on which the server refuses writes. A writing engine may share their dialect."""
 
 
 def listen() -> None:
-    """Listen to all Sessions, pools and engines, even those that belong to no registry."""
+    """Listen to all Sessions, pools and engines, even if they do not belong to a registry."""
     if event.contains(Session, "after_begin", _on_begin):
         return
     event.listen(Pool, "checkout", _on_checkout)
@@ -48,8 +48,8 @@ def listen() -> None:
 
 
 def _on_checkout(_: object, __: ConnectionPoolEntry, proxy: Any) -> None:
-    # Without an attempt too: the connection may be kept, and commit in one. A pool has no public
-    # way to its dialect, and without an engine only a substitute for it.
+    # Even outside of an attempt, because a later one may use and commit the open connection. A
+    # pool's dialect is private, and a placeholder if the pool does not belong to an engine.
     dialect = proxy._pool._dialect
     if isinstance(dialect, Dialect):
         _watch(dialect)
@@ -74,8 +74,8 @@ def _on_commit(session: Session) -> None:
 
 def _on_soft_rollback(_: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is None or transaction.nested:
-        return  # not of a flush, and an unrelated exception may be handled meanwhile
-    # A flush may fail with an error that the database knows nothing of: StaleDataError.
+        return  # it is not a flush, and sys.exc_info() may be unrelated
+    # A flush may raise an error that does not come from the database, such as StaleDataError.
     error = sys.exc_info()[1]
     if error is not None and not isinstance(error, DBAPIError):
         for attempt in attempts():
@@ -90,14 +90,13 @@ def _on_error(context: ExceptionContext) -> None:
 
 
 def _watch(dialect: Any) -> None:
-    """Learn what an engine's dialect commits and rolls back.
+    """Wrap the methods with which a dialect commits and rolls back.
 
-    Methods of a dialect are there to be replaced in subclasses; an engine that exists has an
-    object.
+    SQLAlchemy means them to be overridden in subclasses, but an existing engine has an instance.
     """
     commit, rollback = dialect.do_commit, dialect.do_rollback
-    # On top only: what replaced it later, as Replicas does, may send COMMIT without calling it.
-    # To be there twice does no harm.
+    # Wrap again if another wrapper came later: that of Replicas may send COMMIT without calling
+    # this one. Two wrappers do no harm.
     if commit in _wrappers or getattr(dialect, READ_ONLY, False):
         return
 
@@ -137,7 +136,7 @@ def _watch_phases(dialect: Any) -> None:
     def do_rollback_twophase(
         connection: Connection, xid: object, is_prepared: bool = True, recover: bool = False
     ) -> None:
-        # A prepared transaction that is not undone may still be committed.
+        # A prepared transaction that is not rolled back may still be committed.
         found = _start(attempts()) if is_prepared else []
         rollback(connection, xid, is_prepared, recover)
         for attempt in found:
@@ -149,7 +148,7 @@ def _watch_phases(dialect: Any) -> None:
 
 
 def _attempts_on(connection: PoolProxiedConnection) -> list[Attempt]:
-    """Return the attempts for which a COMMIT or ROLLBACK on this connection counts."""
+    """Return the attempts that a COMMIT or ROLLBACK on this connection concerns."""
     found = attempts()
     return [] if found and connection in _reading else found
 

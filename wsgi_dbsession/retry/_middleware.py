@@ -1,4 +1,4 @@
-"""The middleware: its arguments, its place, and its seam to the core."""
+"""The middleware: it checks its arguments and its place, and observes the core."""
 
 from __future__ import annotations
 
@@ -22,37 +22,36 @@ if TYPE_CHECKING:
 
 
 class RetryMiddleware:
-    """Run a request again when it lost a race, as if the first attempt had never been.
+    """Run a request again if its transaction lost a race.
 
     ::
 
         app.wsgi_app = RetryMiddleware(SessionMiddleware(app.wsgi_app, Session))
 
-    A request is run again if it raised a retryable error, see :func:`is_retryable`, or if the
-    last database error before its error page (a response with status 4xx or 5xx) was one. It is
-    never run again if a block of the response was sent, if anything was committed in it, or if
-    the connection was lost during COMMIT.
+    A request is retried if it raised a retryable error, see :func:`is_retryable`. It is also
+    retried if it answered with status 4xx or 5xx and the last database error was retryable. It is
+    never retried if a block of the response was sent, if anything was or may have been committed
+    in it, or if the connection was lost during COMMIT.
 
-    Each attempt gets a copy of the environ as it was before the first, with a body that begins
-    anew, and with ``environ["wsgi_dbsession.attempt"]``, counted from 1, and
-    ``environ["wsgi_dbsession.attempts"]``, the number of the last one. Hooks of
-    :meth:`Scope.on_commit` run for the attempt that is committed, those of
-    :meth:`Scope.on_rollback` for each that is rolled back.
+    Each attempt reads the body from its first byte and gets a copy of the environ as it was
+    before the first attempt. ``environ["wsgi_dbsession.attempt"]`` counts the attempts from 1, and
+    ``environ["wsgi_dbsession.attempts"]`` is the number of the last one. Hooks of
+    :meth:`Scope.on_commit` run for the attempt that is committed, and those of
+    :meth:`Scope.on_rollback` for each attempt that is rolled back.
 
-    :param app: the :class:`SessionMiddleware`. Other middleware goes around this one, or inside
-        of that one.
-    :param attempts: how often a request is run at most.
-    :param max_body: a request with a longer body, in bytes, is run once.
-    :param backoff: the second attempt begins after a random delay of at most this many seconds;
-        the limit doubles with each further one.
+    :param app: the :class:`SessionMiddleware`. Put other middleware around both, or inside both.
+    :param attempts: the largest number of attempts, the first one included.
+    :param max_body: a request with a longer body, in bytes, is not retried.
+    :param backoff: the limit, in seconds, of the random delay before the second attempt. It
+        doubles with each further attempt.
     :param backoff_max: the largest limit of that delay.
     :param timeout: no attempt begins later than this many seconds after the first.
-    :param on: what to retry besides: an exception class, a tuple of them, or a callable that gets
-        an ``Exception`` and returns whether to retry it. You promise that nothing was committed
-        with such an error.
-    :param retry_connect: whether to retry where no connection to the database could be made.
-    :raises TypeError: the application is not a :class:`SessionMiddleware`, or ``on`` is neither
-        exception classes nor callable.
+    :param on: further errors to retry: an exception class, a tuple of them, or a callable that
+        gets an ``Exception`` and returns whether to retry it. You promise that nothing was
+        committed with such an error.
+    :param retry_connect: whether to retry if no connection to the database could be made.
+    :raises TypeError: ``app`` is not a :class:`SessionMiddleware`, or ``on`` is neither exception
+        classes nor callable.
     :raises ValueError: a number is too small.
     """
 
@@ -68,7 +67,7 @@ class RetryMiddleware:
         on: On = (),
         retry_connect: bool = False,
     ) -> None:
-        kind: type = type(app)  # of which the annotation knows only what it should be
+        kind: type = type(app)  # callers without a type checker may pass anything
         if not issubclass(kind, SessionMiddleware):
             msg = (
                 f"app must be a SessionMiddleware, got {app!r}. Write "
@@ -87,10 +86,10 @@ class RetryMiddleware:
         listen()
 
     def retry_on(self, on: On) -> None:
-        """Retry more errors: for a middleware around this one, which causes errors of its own.
+        """Retry further errors, for a middleware around this one that causes them.
 
         :param on: see :class:`RetryMiddleware`.
-        :raises TypeError: it is neither exception classes nor callable.
+        :raises TypeError: ``on`` is neither exception classes nor callable.
         """
         self._policy = self._policy._replace(on=(*self._policy.on, on)).check()
 
@@ -99,7 +98,7 @@ class RetryMiddleware:
         scope = find_scope()
         if scope is not None and scope.environ is environ:
             if KEY in environ:
-                return self.app(environ, start_response)  # the outermost one decides
+                return self.app(environ, start_response)  # the outermost RetryMiddleware decides
             msg = (
                 "RetryMiddleware is inside of a SessionMiddleware, so it cannot undo an attempt. "
                 "Put it around the outermost one: "

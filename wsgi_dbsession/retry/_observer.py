@@ -1,4 +1,4 @@
-"""The seam to the core: what becomes of the scope of an attempt."""
+"""The observer that passes the outcomes of scopes to their attempts."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
 
 
 class _AttemptObserver(Observer):
-    """Tells an attempt what becomes of its scope."""
+    """Passes outcomes to attempts, and keeps the core from logging what is retried."""
 
     def discarding(self, scope: Scope, cause: str) -> bool:
-        # A page with another status is a success, which is not run again.
-        attempt = _owner_of(scope) if cause.startswith(("status 4", "status 5")) else None
-        return attempt is not None and attempt.is_followed(None)
+        # A response with another status is a success, which is never retried.
+        attempt = _own_attempt(scope) if cause.startswith(("status 4", "status 5")) else None
+        return attempt is not None and attempt.will_retry(None)
 
     def commit_failed(self, scope: Scope, failure: BaseException) -> bool:
-        attempt = _owner_of(scope)
-        return attempt is not None and attempt.will_retry(scope, failure)
+        attempt = _own_attempt(scope)
+        return attempt is not None and attempt.fail_commit(failure)
 
     def settled(self, scope: Scope) -> None:
-        attempt = _owner_of(scope)
+        attempt = _own_attempt(scope)
         if attempt is not None:
             attempt.settle(scope)
 
 
-def _owner_of(scope: Scope) -> Attempt | None:
-    """Return the attempt of this very scope, not of one around it."""
+def _own_attempt(scope: Scope) -> Attempt | None:
+    """Return the scope's own attempt, and not that of an outer request."""
     attempt = attempt_of(scope)
     if attempt is None or scope.environ is None:
         return attempt
-    # A request in a request may have got a copy of its environ.
+    # An inner request may have a copy of the outer one's environ.
     return attempt if attempt.environ == id(scope.environ) else None
 
 

@@ -1,4 +1,4 @@
-"""How often, how long, and for which errors; and the attempts that this allows."""
+"""The limits and the retryable errors, and the attempts that they allow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ On: TypeAlias = "type[Exception] | tuple[type[Exception], ...] | Callable[[Excep
 
 
 class Policy(NamedTuple):
-    """How often, how long, and for which errors besides those of the table."""
+    """How often, for how long and for which further errors to retry, see RetryMiddleware."""
 
     attempts: int
     backoff: float
@@ -32,7 +32,7 @@ class Policy(NamedTuple):
     retry_connect: bool
 
     def check(self) -> Policy:
-        """Return this policy.
+        """Return this policy if it is valid.
 
         :raises TypeError: ``on`` is neither exception classes nor callable.
         :raises ValueError: a number is too small.
@@ -52,7 +52,7 @@ class Policy(NamedTuple):
         return self
 
     def find(self, error: BaseException) -> str | None:
-        """Describe what makes this error, or what caused it, retryable, if anything does."""
+        """Describe the retryable error among this one and its causes, or return None."""
         for each in chain(error):
             if is_retryable(each) or (isinstance(each, Exception) and self._chooses(each)):
                 return describe_error(each)
@@ -80,10 +80,7 @@ def _is_choice(on: object) -> bool:
 
 
 def check_not_negative(name: str, value: float, unit: str) -> None:
-    """Check an argument.
-
-    :raises ValueError: it is negative.
-    """
+    """Raise ``ValueError`` if an argument is negative."""
     if not value >= 0:
         msg = f"{name} must be at least 0, got {value!r}. Pass a number of {unit}"
         raise ValueError(msg)
@@ -97,7 +94,7 @@ class Run(ABC):
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.attempts = policy.attempts
-        self.number: int = 0  # of the attempt that runs
+        self.number: int = 0  # of the current attempt
         self._deadline = time.monotonic() + policy.timeout
         self._delay = 0.0
 
@@ -109,16 +106,17 @@ class Run(ABC):
         """Return the fields of a log record, for machines."""
         return {"scope": self.describe(), "attempt": self.number, "attempts": self.attempts}
 
-    def may_go_on(self) -> bool:
-        """Return whether there are attempts left, and time."""
+    def has_next(self) -> bool:
+        """Return whether attempts and time are left."""
         return self.number < self.attempts and time.monotonic() < self._deadline
 
     def decide(self, attempt: Attempt, error: Exception | None) -> bool:
-        """Return whether another attempt follows this failed one, and log it.
+        """Return whether another attempt follows this failed one, and log the decision.
 
-        :param error: what was raised; None where the failure shows in the response only.
+        :param error: the exception that was raised, None if only the response shows the failure.
         """
-        reason, obstacle, unlogged = attempt.why(error), attempt.obstacle(), attempt.unlogged
+        reason, obstacle = attempt.reason_for(error), attempt.obstacle()
+        unlogged = attempt.unlogged
         what = (self.describe(), self.number, self.attempts)
         if obstacle == UNKNOWN and not attempt.is_logged:
             message = (
@@ -134,10 +132,10 @@ class Run(ABC):
             extra["obstacle"] = obstacle
             if unlogged is None:
                 log.info(message, *what, reason, obstacle, extra=extra)
-            else:  # the obstacle came after the commit: a hook has committed
+            else:  # a hook has committed after the failed commit
                 log.error(message, *what, reason, obstacle, exc_info=unlogged, extra=extra)
             return False
-        if not self.may_go_on():
+        if not self.has_next():
             message = "giving up on %s: attempt %d of %d failed with %s"
             log.warning(message, *what, reason, extra=extra)
             return False

@@ -1,4 +1,4 @@
-"""The attempts at one request, and the response of the one that stays."""
+"""The attempts at one request, and the response of the final one."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class _Start(HeldStart):
         self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
     ) -> Callable[[bytes], object]:
         if self.status is not None and exc_info is None:
-            self.release()  # a request without a scope: the server refuses a second call
+            self.release()  # without a scope, the server refuses a second call
         self.status, self.headers, self._exc_info = status, headers, exc_info
         if self.released:
-            # Too late to replace it: the server raises, or knows how to.
+            # The server replaces a start that it has not sent yet, and otherwise raises.
             self._pass_on()
         return self._write_now
 
     def release(self) -> None:
-        """Pass the start to the server, as soon as there is one: the attempt is final."""
+        """Pass the start to the server, now or as soon as the application provides it."""
         if self.status is None:
             self.released = True
         elif not self.released:
@@ -64,23 +64,23 @@ class _RequestAttempt(Attempt):
 
     def __init__(self, request: Request, start_response: StartResponse) -> None:
         policy = request.policy
-        super().__init__(policy.find, request.may_go_on, retry_connect=policy.retry_connect)
+        super().__init__(policy.find, request.has_next, retry_connect=policy.retry_connect)
         self.request = request
         self.opened = False  # whether the request got a scope
         self.start = _Start(start_response)
 
     def obstacle(self) -> str | None:
-        """Return what forbids another attempt, if anything does."""
+        """Describe what forbids another attempt, or return None."""
         if self.start.released:
             return "a part of its response was sent"
         if self.request.has_lost_body():
             return "its body is longer than max_body"
         return super().obstacle()
 
-    def fails(self, error: Exception | None = None) -> bool:
-        """Return whether another attempt follows this one, and log it.
+    def needs_retry(self, error: Exception | None = None) -> bool:
+        """Return whether another attempt follows this one, and log the decision.
 
-        :param error: what was raised; None where only the response can show a failure.
+        :param error: the exception that was raised, None if only the response shows the failure.
         """
         if not self.opened or (error is None and self._is_success()):
             return False
@@ -88,14 +88,14 @@ class _RequestAttempt(Attempt):
 
     def _is_success(self) -> bool:
         status = self.start.status
-        # A page with a failure's status is a success where the application kept its work.
+        # An error page is a success if its work was committed, for example by Scope.keep().
         return not self.failed_to_commit and (
             self.succeeded or status is None or status[:1] not in "45"
         )
 
 
 class Request(Run):
-    """The attempts at one request. It does not know them: they know it."""
+    """The attempts at one request. They refer to it, and it does not refer to them: no cycle."""
 
     __slots__ = ("_app", "_body", "_environ", "_server")
 
@@ -132,7 +132,7 @@ class Request(Run):
         }
 
     def has_lost_body(self) -> bool:
-        """Return whether no other attempt could read the body again."""
+        """Return whether another attempt could not read the whole body."""
         if self._body is None:
             return "wsgi.input" in self._environ
         return self._body.is_lost()
@@ -153,22 +153,22 @@ class Request(Run):
                     scope = self._find_scope(environ)
                     attempt.opened = scope is not None
                 if scope is not None and scope.environ is not None:
-                    # The request is not over: its first block tells more.
+                    # The scope is open: the body may still fail before its first block.
                     blocks = iter(result)
                     block = next(blocks, END)
-                if not attempt.fails():
+                if not attempt.needs_retry():
                     attempt.start.release()
                     if blocks is None:
                         return result
                     return _Response(attempt, result, block, blocks)
             except BaseException as error:
                 _close_failed(result)
-                if not isinstance(error, Exception) or not attempt.fails(error):
+                if not isinstance(error, Exception) or not attempt.needs_retry(error):
                     raise
             else:
                 _close_failed(result)
                 if attempt.obstacle() is not None:
-                    # It committed something in its close(), so this is all there will be.
+                    # Its close() has committed something, for example: this response is final.
                     attempt.start.release()
                     return [] if block is END else [block]
             if self._body is not None:
@@ -176,13 +176,13 @@ class Request(Run):
             self.pause()
 
     def _find_scope(self, environ: WSGIEnvironment) -> Scope | None:
-        """Return the scope that an attempt got; it was skipped where there is none."""
+        """Return the attempt's scope, or None if SessionMiddleware has skipped the request."""
         scope: Scope | None = environ.get(_SCOPE)
-        # There may be one before: that of a request around this one.
+        # The environ of an inner request may contain the outer one's scope.
         return None if scope is self._environ.get(_SCOPE) else scope
 
     def _prepare(self, attempt: _RequestAttempt) -> WSGIEnvironment:
-        """Return the environ of an attempt: a copy of the request's as it came."""
+        """Return a copy of the original environ for an attempt."""
         environ = self._environ.copy()
         environ[KEY] = attempt
         attempt.environ = id(environ)
@@ -194,7 +194,7 @@ class Request(Run):
 
 
 class _Response:
-    """The body: the iterable that the server gets where application code is left to run."""
+    """The body: the server iterates over it if application code is left to run."""
 
     __slots__ = ("_ahead", "_attempt", "_blocks", "_iterable")
 
@@ -219,7 +219,7 @@ class _Response:
             if block is None:
                 block = next(self._blocks, END)
         except Exception as error:
-            self._attempt.fails(error)  # no attempt follows, and the log says why
+            self._attempt.needs_retry(error)  # only to log why no attempt follows
             raise
         if block is END:
             raise StopIteration
@@ -237,7 +237,7 @@ def _close_failed(iterable: Iterable[bytes]) -> None:
 
 
 def _declared_length(environ: WSGIEnvironment) -> int:
-    """Return what CONTENT_LENGTH says, 0 if that is no number. Test clients have it as an int."""
+    """Return CONTENT_LENGTH as a number, 0 if it is missing or malformed."""
     try:
         return int(environ.get("CONTENT_LENGTH") or 0)
     except (TypeError, ValueError):

@@ -29,7 +29,7 @@ from tests.support.errors import AppError, raise_error
 from tests.support.processes import wait_until
 from wsgi_dbsession import SessionMiddleware
 from wsgi_dbsession.idempotency import Idempotency
-from wsgi_dbsession.idempotency._rows import _ImpatientInsert
+from wsgi_dbsession.idempotency._rows import _NoWaitInsert
 from wsgi_dbsession.retry import RetryMiddleware
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def test_only_mariadb_takes_a_timeout_for_one_statement(version: str, prefix: st
     dialect: Any = mysql.dialect()
     dialect.server_version_info = dialect._parse_server_version(version)
 
-    statement = str(_ImpatientInsert(KEYS).compile(dialect=dialect))
+    statement = str(_NoWaitInsert(KEYS).compile(dialect=dialect))
 
     assert statement.startswith(f"{prefix}INSERT INTO idempotency_key ")
 

@@ -1,6 +1,6 @@
 """Idempotency: a request that a client repeats with the same key takes effect once.
 
-The key is stored in the request's own transaction, together with the response.
+The middleware stores the key and the response in the request's own transaction.
 """
 
 from ._middleware import Idempotency

@@ -1,4 +1,4 @@
-"""The middleware: checks at construction, and whether a request is the first with its key."""
+"""The middleware: it checks its arguments, claims keys and replays stored responses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-# RFC 9110, section 9.2.1: they are not meant to have an effect.
+# RFC 9110, section 9.2.1: a request with one of these methods is not meant to have an effect.
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 
 _HEADER = "HTTP_IDEMPOTENCY_KEY"
@@ -32,36 +32,38 @@ _KEY = "wsgi_dbsession.idempotency_key"
 
 
 class Idempotency:
-    """Let a request that is repeated with the same ``Idempotency-Key`` take effect once.
+    """Make requests that are repeated with the same ``Idempotency-Key`` take effect once.
 
     ::
 
         keys = idempotency_table(Base.metadata)
         app = SessionMiddleware(Idempotency(app, Session, keys, principal=user_of), Session)
 
-    The first request with a key runs, and its response is stored in its own transaction. A later
-    one gets the stored response, with ``Idempotent-Replayed: true``, and the application is not
-    called. What is rolled back stores nothing, so the client can repeat it with the same key.
+    The application handles the first request with a key, and the middleware stores the response in
+    the request's transaction. For a later request the middleware sends the stored response, with
+    ``Idempotent-Replayed: true``, and does not call the application. A rollback also discards the
+    key, so the client can repeat a failed request with the same key.
 
-    It goes directly inside of :class:`SessionMiddleware`. Only unsafe methods (not GET, HEAD,
-    OPTIONS, TRACE) and requests with the header are concerned; the application finds the key in
+    Put it directly inside :class:`SessionMiddleware`. Safe methods (GET, HEAD, OPTIONS, TRACE) and
+    requests without the header pass through unchanged. The application finds the key in
     ``environ["wsgi_dbsession.idempotency_key"]``.
 
     :param app: the WSGI application.
-    :param registry: the application's registry; its database has the table.
+    :param registry: the application's registry. The table must be in its database.
     :param table: made by :func:`idempotency_table`.
     :param principal: called with environ, returns who sends the request, or None for an anonymous
-        one. A principal is never answered with the response of another one. Return only what has
-        been verified, or the credentials themselves: a stored response is sent without asking the
-        application.
+        client. A principal never gets the response of another one. Return only what has been
+        verified, or the credentials themselves, because the application cannot check a client that
+        gets a stored response.
     :param required: whether an unsafe request without a key is refused, or a callable that is
         called with environ and returns that.
-    :param wait: whether a request waits for the end of a running one with the same key. False
-        answers 409 at once, on PostgreSQL and MariaDB; others wait all the same.
+    :param wait: whether a request waits while another one with the same key is running. With
+        False, the client gets a 409 at once on PostgreSQL and MariaDB. Other databases still wait.
     :param max_body: a request with a key and a longer body, in bytes, is refused. The body is kept
         in memory.
     :param max_response: a longer response, in bytes, is not stored.
-    :param headers: names of the response's headers to store. None stores all but ``Set-Cookie``.
+    :param headers: names of the response's headers to store. None stores all except ``Date``,
+        ``Set-Cookie`` and those that belong to one connection.
     :raises TypeError: if an argument has the wrong type, or ``app`` is a SessionMiddleware.
     :raises ValueError: if a number is negative, the table lacks a column, or a header belongs to
         one connection only.
@@ -113,7 +115,7 @@ class Idempotency:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Handle one request."""
-        # A request in a request, with a copy of its environ, would wait for itself.
+        # An inner request with a copy of the environ would wait for the key of the outer one.
         if environ["REQUEST_METHOD"] in _SAFE_METHODS or _KEY in environ:
             return self.app(environ, start_response)
         try:
@@ -133,20 +135,20 @@ class Idempotency:
     def _find(self, claim: Claim) -> Found | None:
         """Claim the key, see :meth:`Rows.claim`."""
         scope = current_scope()
-        scope.read_only = False  # the key is written, whatever the request does
+        scope.read_only = False  # even if the request only reads, the middleware writes the key
         begun = any(session.in_transaction() for session in scope.sessions.values())
         found = self._rows.claim(claim)
         if found is not None and not begun:
-            # The response may have a status that rolls back, but there is nothing to discard, and
-            # wsgi_dbsession.replica gives a position for a COMMIT only.
+            # Commit even if the stored status is 4xx or 5xx: there is nothing to discard, and
+            # wsgi_dbsession.replica sets its cookie only after a COMMIT.
             scope.keep()
         return found
 
     def _read(self, environ: WSGIEnvironment) -> Claim | None:
-        """Read the key, and the body that the application is to read again.
+        """Read the key and the body, and let the application read the body again.
 
-        :return: None without a key.
-        :raises Problem: if the request has to have one, or cannot be handled.
+        :return: None if the request has no key.
+        :raises Problem: if a key is required, or the request is malformed or too long.
         """
         header = environ.get(_HEADER)
         if header is None:
@@ -155,8 +157,8 @@ class Idempotency:
                 raise Problem(
                     "400 Bad Request",
                     "key_missing",
-                    "This request needs an Idempotency-Key: a new one for each thing that you "
-                    "want done, and the same one each time that you repeat the request for it.",
+                    "This request needs an Idempotency-Key. Use a new key for each operation, and "
+                    "the same key each time that you repeat its request.",
                 )
             return None
         key = read_key(header)

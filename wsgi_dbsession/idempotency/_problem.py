@@ -1,4 +1,4 @@
-"""The answers that come from the middleware and not from the application: RFC 9457."""
+"""The middleware's own responses, which are problem details: RFC 9457."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class Problem(Exception):  # noqa: N818 - it never leaves this package
-    """Stop handling the request and answer with problem details.
+    """Raised to answer a request with problem details instead of calling the application.
 
     :param status: the status line.
     :param code: the extension member ``code``, for programs.
-    :param detail: the member ``detail``, for people: what is wrong, then what to do.
-    :param headers: more headers of the response.
+    :param detail: the member ``detail``, for people: what is wrong, and then how to fix it.
+    :param headers: further headers of the response.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Problem(Exception):  # noqa: N818 - it never leaves this package
     ) -> list[bytes]:
         """Respond with the problem details.
 
-        :param exc_info: for a response that replaces one that was started.
+        :param exc_info: given if the application has already called ``start_response``.
         """
         number, _, title = self.status.partition(" ")
         members = {
@@ -56,7 +56,7 @@ class Problem(Exception):  # noqa: N818 - it never leaves this package
 
 
 def in_progress() -> Problem:
-    """Return the answer to a request whose key is in use at this moment."""
+    """Return the response to a request whose key another request is using."""
     return Problem(
         "409 Conflict",
         "in_progress",

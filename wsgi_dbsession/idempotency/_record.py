@@ -1,4 +1,4 @@
-"""The response of a first request, stored before its outcome."""
+"""Store the response of a first request before its outcome."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from _typeshed import OptExcInfo
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-# They belong to one connection: RFC 9110, section 7.6.1.
+# These headers belong to one connection: RFC 9110, section 7.6.1.
 HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -37,10 +37,10 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-# A cookie is a login. Length and date are those of the replay.
+# A cookie may be a login. A replay has its own length and date.
 _NOT_STORED = HOP_BY_HOP | {"content-length", "date", "set-cookie"}
 
-# What uWSGI's `wsgi.file_wrapper`, a C function, returns: the file that it was given.
+# uWSGI's `wsgi.file_wrapper` is a C function, which returns the file that it was given.
 _FILES = (io.BufferedReader, io.BufferedRandom, io.BytesIO, io.FileIO)
 
 
@@ -48,7 +48,7 @@ def respond(
     app: WSGIApplication, environ: WSGIEnvironment, recording: Recording
 ) -> Iterable[bytes]:
     """Call the application, and store its response."""
-    file_wrapper = environ.get("wsgi.file_wrapper")  # the application may change it
+    file_wrapper = environ.get("wsgi.file_wrapper")  # the application may replace it
     result: Iterable[bytes] = ()
     try:
         result = app(environ, recording)
@@ -62,14 +62,14 @@ def respond(
 
 
 class Recording:
-    """The ``start_response`` of the application, which records the response.
+    """The application's ``start_response``, which records the response.
 
-    It passes on everything at once: the SessionMiddleware around it holds the start back.
+    It passes everything on at once, because SessionMiddleware holds the start.
 
-    :param start_response: that of the SessionMiddleware.
-    :param row: where to store the response.
+    :param start_response: the callable of SessionMiddleware.
+    :param row: stores the response.
     :param max_response: the largest body, in bytes, that is stored.
-    :param chosen: the names of the headers to store, in lower case; None for the usual ones.
+    :param chosen: the names of the headers to store, in lower case; None for the default.
     """
 
     __slots__ = (
@@ -101,7 +101,7 @@ class Recording:
         self._chosen = chosen
         self._status: str | None = None
         self._headers: list[tuple[str, str]] = []
-        self._blocks: list[bytes] = []  # empty once they are too many
+        self._blocks: list[bytes] = []  # cleared when they exceed max_response
         self._length = 0
         self._is_marked = False
         self._is_stored = False
@@ -123,7 +123,7 @@ class Recording:
     def write(self, block: bytes, /) -> None:
         """Send a block at once, as the write callable of PEP 3333 does."""
         self._add(block)
-        # The outcome may come with this block.
+        # If this block completes the body, the outcome follows.
         if self._length >= self._expected():
             self._store()
         else:
@@ -133,16 +133,16 @@ class Recording:
     def record(self, result: Iterable[bytes], file_wrapper: Any) -> Iterable[bytes]:
         """Store the response that the application returned.
 
-        :param file_wrapper: that of the server.
-        :return: what the server is to get.
+        :param file_wrapper: the server's ``wsgi.file_wrapper``, or None.
+        :return: the iterable for the server.
         :raises Taken: if the key does not belong to this request any more.
         """
         if self.failure is not None:
-            raise self.failure  # the application caught it, out of write()
+            raise self.failure  # write() has raised it, and the application has caught it
         self.renew()
         kind = type(result)
         if kind is list or kind is tuple:
-            if self._status is not None:  # or the SessionMiddleware refuses it
+            if self._status is not None:  # otherwise SessionMiddleware refuses the response
                 for block in result:
                     self._add(block)
                 self._store()
@@ -153,7 +153,7 @@ class Recording:
         body = Body(self, result)
         is_ended = False
         if self._status is None:
-            # A generator may start the response as late as with its first block.
+            # A generator may call start_response as late as before its first block.
             is_ended = next(body.read_ahead(), None) is None
             if self._status is None:
                 return body
@@ -169,7 +169,7 @@ class Recording:
     def renew(self) -> None:
         """Store the response again if the application has rolled back what was stored.
 
-        To be called where the application has gone on, before an outcome can come.
+        Call it whenever application code has run, before the outcome.
 
         :raises Taken: if the key does not belong to this request any more.
         """
@@ -181,7 +181,7 @@ class Recording:
         return body_length(False, self._status, self._headers)
 
     def _is_long(self) -> bool:
-        """Return whether the response is too long to be stored, or may be endless."""
+        """Return whether the body exceeds max_response, or its length is unknown."""
         return self._expected() > self._max_response
 
     def _read(self, body: Body) -> None:
@@ -200,17 +200,17 @@ class Recording:
             self._blocks.clear()
 
     def _mark(self) -> None:
-        """Store that the request is done, and that its response is not stored."""
+        """Store status and headers without the body: a replay reports that it is missing."""
         if not self._is_marked:
             self._is_marked = True
             self._save(None)
 
     def _store(self) -> None:
-        """Store the response, of which the body is complete."""
+        """Store the response, whose body is complete."""
         if self._is_stored:
             return
         self._is_stored = True
-        # What is longer or shorter than it claims to be is cut, and so would its replay be.
+        # A body that contradicts its Content-Length is broken, but its replay would look sound.
         is_sound = self._expected() in (self._length, math.inf)
         is_kept = is_sound and self._length <= self._max_response
         self._save(b"".join(self._blocks) if is_kept else None)
@@ -235,7 +235,7 @@ class Recording:
 
 
 class Body:
-    """The iterable that the server gets where application code is left to run."""
+    """The body: the server iterates over it if application code is left to run."""
 
     __slots__ = ("_ahead", "_blocks", "_iterable", "_recording")
 
@@ -246,7 +246,7 @@ class Body:
         self._ahead: deque[bytes] = deque()
 
     def read_ahead(self) -> Iterator[bytes]:
-        """Return the blocks from the first one; what is read is kept for the server."""
+        """Yield the blocks from the first one on, and keep them for the server."""
         yield from tuple(self._ahead)
         for block in self._blocks:
             self._ahead.append(block)
@@ -273,7 +273,7 @@ class Body:
 
 
 def _is_file(result: Iterable[bytes], file_wrapper: Any) -> bool:
-    """Return whether the server is to send a file: no code of the application is left to run."""
+    """Return whether the server sends a file, so that no application code is left to run."""
     if file_wrapper is None:
         return False
     try:

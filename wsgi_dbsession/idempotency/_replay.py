@@ -1,4 +1,4 @@
-"""The stored response of an earlier request, as the answer to a repeated one."""
+"""Answer a repeated request with the stored response."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def replay(row: Found, fingerprint: str, start_response: StartResponse) -> list[bytes]:
     """Respond with the stored response.
 
-    :raises Problem: if there is none, or if it is that of another request.
+    :raises Problem: if none is stored, or the key was used for another request.
     """
     if row.fingerprint != fingerprint:
         raise Problem(
@@ -31,8 +31,9 @@ def replay(row: Found, fingerprint: str, start_response: StartResponse) -> list[
         raise Problem(
             "409 Conflict",
             "unfinished",
-            "The first request with this Idempotency-Key runs, or failed, after a part of its "
-            "changes was committed. Find out what is missing and request that with a new key.",
+            "The first request with this Idempotency-Key is still running or has failed, and a "
+            "part of its changes was committed. Find out what is missing and request that with a "
+            "new key.",
         )
     if row.body is None:
         raise Problem(
@@ -42,7 +43,7 @@ def replay(row: Found, fingerprint: str, start_response: StartResponse) -> list[
             f"{row.status}, but its response was not stored. Do not repeat it.",
         )
     headers: list[tuple[str, str]] = [(name, value) for name, value in json.loads(row.headers)]
-    if body_length(False, row.status, []):  # or the status allows no body
+    if body_length(False, row.status, []):  # otherwise the status does not allow a body
         headers.append(("Content-Length", str(len(row.body))))
     headers.append(("Idempotent-Replayed", "true"))
     start_response(row.status, headers)

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 MAX_KEY = 255
 
-# Printable ASCII. A comma is what servers join the values of a header with that came twice.
+# Printable ASCII without the comma, with which servers join the values of a repeated header.
 _PLAIN = re.compile("[ -+\\--~]+")
 # The string of RFC 8941, section 3.3.3.
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 
 
 def read_key(header: str) -> str:
-    """Return the key in the header, which may be written as a structured field's string.
+    """Return the key in the header, a bare one or a string of a structured field.
 
-    :raises Problem: if it is not a key.
+    :raises Problem: if the header is malformed.
     """
     value = header.strip(" \t")
     if value.startswith('"'):
@@ -60,7 +60,7 @@ def read_body(environ: WSGIEnvironment, max_body: int) -> bytes:
         raise Problem("400 Bad Request", "length_invalid", "The Content-Length is not a number.")
     else:
         length = int(text or 0)
-        # One byte more than allowed is enough to know.
+        # One byte more than allowed shows that the body is too long.
         body = _read(source, min(length, max_body + 1))
         if len(body) < min(length, max_body + 1):
             raise Problem(
@@ -78,7 +78,7 @@ def read_body(environ: WSGIEnvironment, max_body: int) -> bytes:
 
 
 def _read(source: InputStream, size: int) -> bytes:
-    """Read until there are so many bytes, or no more: a server may return fewer at a time."""
+    """Read up to `size` bytes: a single read() of a server may return fewer."""
     blocks: list[bytes] = []
     while size > 0 and (block := source.read(size)):
         blocks.append(block)
@@ -92,7 +92,7 @@ def identify(principal: str | None, key: str) -> str:
 
 
 def fingerprint(environ: WSGIEnvironment, body: bytes) -> str:
-    """Return what is equal for equal requests only: method, path, query and body."""
+    """Return a digest of method, path, query and body."""
     path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
     texts = (environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""))
     return _digest(*map(_encode, texts), body)
@@ -105,7 +105,7 @@ def _encode(text: str) -> bytes:
 def _digest(*parts: bytes) -> str:
     whole = hashlib.sha256()
     for part in parts:
-        # With the length, or what moves from one part to the next would not change the digest.
+        # The length separates the parts: "ab", "c" and "a", "bc" must differ.
         whole.update(b"%d:" % len(part))
         whole.update(part)
     return whole.hexdigest()

@@ -1,4 +1,4 @@
-"""The row of one request, which stays in the transaction that is committed."""
+"""Keep a request's row in the transaction that is committed, whatever is rolled back before."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from wsgi_dbsession._scope import current_scope
 if TYPE_CHECKING:
     from ._rows import Claim, Rows, Stored
 
-# In Scope.info: the rows of the request.
+# Key in Scope.info: the rows of the request.
 _KEY = "wsgi_dbsession.idempotency_rows"
 
 
 class Taken(Exception):  # noqa: N818 - it never leaves this package
-    """The key belongs to another request, because the application rolled back this one's row."""
+    """Another request has taken the key after the application rolled back this one's row."""
 
 
 class Row:
     """The row of a claim that has succeeded.
 
-    The application may roll back the transaction, or the savepoint, in which the row was last
-    written. Then it is written again, before another transaction commits.
+    The application may roll back the transaction or the savepoint in which the row was last
+    written. Then the row is written again before the application's next commit.
 
-    :param rows: the table.
+    :param rows: reads and writes the table.
     :param claim: the request's claim to its key.
     """
 
@@ -37,7 +37,7 @@ class Row:
         self._rows = rows
         self._claim = claim
         self._stored: Stored | None = None
-        self._is_committed = False  # as it was last written
+        self._is_committed = False  # in the version that was last written
         self._transactions: tuple[Any, Any] | None = _current(rows.session())
         self._is_taken = False
         listen()
@@ -55,14 +55,14 @@ class Row:
     def renew(self, session: Any = None) -> None:
         """Write the row again if the application has rolled back what was last written.
 
-        :param session: the registry's Session, by default that of the scope.
+        :param session: a Session of the registry, by default the current one.
         :raises Taken: if the key does not belong to this request any more.
         """
         self.check()
         if session is None:
             session = self._rows.session()
         if session.in_transaction() and not self._is_committed:
-            # A savepoint that is over may have been rolled back, or is part of one that will be.
+            # A savepoint that has ended may have been rolled back, or an outer one may be later.
             if (saved := self._transactions) is not None:
                 root, savepoint = _current(session)
                 if saved[0]() is root() and (saved[1] is None or saved[1] == savepoint):
@@ -70,21 +70,18 @@ class Row:
             self._write(session)
 
     def check(self) -> None:
-        """Raise if the key does not belong to this request any more.
-
-        :raises Taken: it was given to another one.
-        """
+        """Raise :class:`Taken` if the key does not belong to this request any more."""
         if self._is_taken:
             msg = "another request took the Idempotency-Key after a rollback by the application"
             raise Taken(msg)
 
     def before_commit(self, session: Any) -> None:
-        """Write the row again if it would be missing after this commit of the application."""
+        """Write the row again if it would be missing after this commit."""
         if self._rows.owns(session):
             self.renew(session)
 
     def after_commit(self, session: Session) -> None:
-        """Note that the transaction in which the row was last written is committed."""
+        """Record that the transaction in which the row was last written is committed."""
         if (saved := self._transactions) is not None and saved[0]() is session.get_transaction():
             self._is_committed = True
 
@@ -99,23 +96,23 @@ class Row:
 
 
 def _current(session: Session) -> tuple[Any, Any]:
-    """Return references to the Session's transaction and savepoint, None without a savepoint."""
+    """Return weak references to the Session's transaction and to its savepoint, if it has one."""
     savepoint = session.get_nested_transaction()
     transaction: Any = session.get_transaction()
-    # Weak ones, or the Session would be part of a cycle.
+    # Strong ones would make the Session part of a cycle.
     return weakref.ref(transaction), None if savepoint is None else weakref.ref(savepoint)
 
 
 def listen() -> None:
-    """Listen to the commits of all Sessions: the scope's may be another one later."""
+    """Listen to the commits of all Sessions, because the scope may get another Session later."""
     if not event.contains(Session, "before_commit", _before_commit):
         event.listen(Session, "before_commit", _before_commit)
         event.listen(Session, "after_commit", _after_commit)
 
 
-def _found(session: Any) -> list[Row]:
+def _rows_of(session: Any) -> list[Row]:
     scope = getattr(session, "dbsession_scope", None)
-    # What a hook commits comes after the outcome: it has nothing to do with the key.
+    # After the outcome, a hook may commit, which does not concern the key.
     if scope is None or scope.outcome is not None:
         return []
     found: list[Row] = scope.info.get(_KEY, [])
@@ -123,11 +120,11 @@ def _found(session: Any) -> list[Row]:
 
 
 def _before_commit(session: Session) -> None:
-    for row in _found(session):
+    for row in _rows_of(session):
         row.before_commit(session)
 
 
 def _after_commit(session: Session) -> None:
     if not session.in_nested_transaction():
-        for row in _found(session):
+        for row in _rows_of(session):
             row.after_commit(session)

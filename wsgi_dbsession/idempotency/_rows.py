@@ -1,4 +1,4 @@
-"""The rows of the table: claim a key, store the response, in the request's own transaction."""
+"""The table's statements: claim a key and store the response, in the request's transaction."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Table
     from sqlalchemy.orm import Session, scoped_session
 
-# The database refused this transaction, because of another one: a new one may succeed.
+# The database refused this transaction because of a concurrent one: a new one may succeed.
 _RACES = frozenset({"40001", "40P01", "1213", "1020"})
-# It gave up waiting for another one, which still runs.
+# The database gave up waiting for a concurrent transaction, which is still running.
 _TIMEOUTS = frozenset({"55P03", "1205"})
-# On MariaDB a rollback makes all that wait for it lose a race but one.
+# When a transaction rolls back, MariaDB refuses all but one of those that wait for its row.
 _TRIES = 5
 
 
@@ -41,22 +41,22 @@ class Claim:
     id: str
     key: str
     fingerprint: str
-    # Tells this request's row from one that another request inserted after the application had
-    # rolled back this one.
+    # Distinguishes this request's row from one that another request has inserted after the
+    # application rolled back this one.
     token: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A response as the table has it."""
+    """A response as the table stores it."""
 
     status: str
     headers: list[tuple[str, str]]
     body: bytes | None
-    """None if it cannot be replayed."""
+    """None if the response cannot be replayed."""
 
     def values(self) -> dict[str, Any]:
-        """Return the columns."""
+        """Return the values by column."""
         return {
             "status": self.status[:255],
             "headers": json.dumps(self.headers),
@@ -74,11 +74,12 @@ class Found(NamedTuple):
 
 
 class Rows:
-    """The table, used in the transaction of the scope's Session.
+    """Reads and writes the table in the transaction of the scope's Session.
 
-    Through the Session's connection, so that its events and its autoflush are left alone.
+    The statements use the Session's connection directly, which triggers no autoflush and none of
+    the Session's events for statements.
 
-    :param registry: the registry that has the Session.
+    :param registry: the application's registry.
     :param table: the table.
     :param wait: whether to wait for another request with the same key.
     """
@@ -93,14 +94,15 @@ class Rows:
     def claim(self, claim: Claim) -> Found | None:
         """Insert the row of a new key.
 
-        Where another transaction has inserted it, the database makes this one wait for its end.
+        If a concurrent transaction has inserted it, the database makes this one wait until that
+        one ends.
 
         :return: None, or the committed row of an earlier request with this key.
         :raises Problem: if another request is using the key.
         :raises RuntimeError: if the connection is at AUTOCOMMIT.
         """
         session = self.session()
-        # A transaction that was begun before may hold work: it must not be rolled back here.
+        # A transaction that began earlier may contain changes, so it must not be rolled back here.
         begun = session.in_transaction()
         for tries_left in reversed(range(1 if begun else _TRIES)):
             timed_out = False
@@ -129,11 +131,11 @@ class Rows:
         raise in_progress()
 
     def store(self, session: Session, claim: Claim, stored: Stored | None) -> bool:
-        """Store the response in the key's row, or see to it that there is a row.
+        """Store the response in the key's row, and insert the row if it is missing.
 
         :param stored: None if the response is not known yet.
-        :return: whether the key is still this request's, which it may not be if the application
-            rolled back.
+        :return: whether the key still belongs to this request. After a rollback by the
+            application, another request may have taken it.
         """
         table = self._table
         response = {} if stored is None else stored.values()
@@ -146,7 +148,7 @@ class Rows:
         try:
             if self._connect(session).execute(statement).rowcount:
                 return True
-            taken |= _RACES  # with another request that inserts the key
+            taken |= _RACES  # another request may insert the key, too
             return self._insert(session, claim, response)
         except IntegrityError:
             return False
@@ -161,12 +163,12 @@ class Rows:
         return session
 
     def owns(self, session: Any) -> bool:
-        """Return whether this is its scope's Session of the registry."""
+        """Return whether the Session belongs to the registry and is still the scope's."""
         found: Session | None = session.dbsession_scope.sessions.get(self._registry.registry)
         return found is session
 
     def _connect(self, session: Session) -> Connection:
-        # The clause is for a Session with several binds.
+        # A Session with several binds chooses by the clause.
         return session.connection(bind_arguments={"clause": self._table})
 
     def _insert(
@@ -174,7 +176,8 @@ class Rows:
     ) -> bool:
         """Insert the row.
 
-        :return: whether it was inserted: False, or an ``IntegrityError``, if it was there.
+        :return: whether it was inserted.
+        :raises IntegrityError: the row exists; on PostgreSQL, False is returned instead.
         """
         connection = self._connect(session)
         if is_autocommit(connection):
@@ -198,7 +201,7 @@ class Rows:
             # A failed INSERT would abort the transaction, and a savepoint costs two round trips.
             statement = postgresql.insert(table).on_conflict_do_nothing().returning(table.c.id)
             return connection.execute(statement, values).first() is not None
-        connection.execute(insert(table) if self._wait else _ImpatientInsert(table), values)
+        connection.execute(insert(table) if self._wait else _NoWaitInsert(table), values)
         return True
 
     def _find(self, session: Session, claim: Claim, *, latest: bool = False) -> Found | None:
@@ -208,36 +211,39 @@ class Rows:
         ).where(columns.id == claim.id)
         connection = self._connect(session)
         if isinstance(connection.dialect, PGDialect):
-            # The lock gives the transaction an ID, and wsgi_dbsession.replica gives the client of
-            # one with an ID its position: what is replayed is acknowledged once more.
+            # The lock gives the transaction an ID. After the COMMIT of such a transaction,
+            # wsgi_dbsession.replica sets its cookie: the client of a replay reads its own write.
             statement = statement.with_for_update(read=True, key_share=True)
         elif latest:
-            # At REPEATABLE READ of MariaDB, a plain SELECT sees what there was at the first one.
+            # At REPEATABLE READ of MariaDB, a plain SELECT reads the snapshot of the first one.
             statement = statement.with_for_update(read=True)
         row = connection.execute(statement).first()
         return None if row is None else Found(*row)
 
     def _look_again(self, session: Session, claim: Claim, begun: bool) -> Found | None:
-        """Look for the row after a failed INSERT, in a new transaction if that does no harm."""
+        """Find the row after a failed INSERT, in a new transaction unless one had `begun`."""
         if not begun:
             session.rollback()
         return self._find(session, claim, latest=begun)
 
 
 def _try_lock(connection: Connection, claim: Claim) -> bool:
-    """Lock the key until the end of the transaction, unless another transaction has done so."""
+    """Lock the key until the end of the transaction.
+
+    :return: False if another transaction has locked it.
+    """
     number = int.from_bytes(bytes.fromhex(claim.id[:16]), "big", signed=True)
     return bool(connection.scalar(select(func.pg_try_advisory_xact_lock(number))))
 
 
-class _ImpatientInsert(Insert):
-    """An INSERT that does not wait for another transaction, where the database supports it."""
+class _NoWaitInsert(Insert):
+    """An INSERT that does not wait for another transaction, if the database supports it."""
 
     inherit_cache = True
 
 
-@compiles(_ImpatientInsert, "mysql", "mariadb")
-def _compile(element: _ImpatientInsert, compiler: Any, **options: Any) -> str:
+@compiles(_NoWaitInsert, "mysql", "mariadb")
+def _compile(element: _NoWaitInsert, compiler: Any, **options: Any) -> str:
     statement: str = compiler.visit_insert(element, **options)
     if compiler.dialect.is_mariadb:
         return f"SET STATEMENT innodb_lock_wait_timeout=0 FOR {statement}"

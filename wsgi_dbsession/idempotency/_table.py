@@ -18,16 +18,16 @@ COLUMNS = frozenset(
 
 
 def idempotency_table(metadata: MetaData, *, name: str = "idempotency_key") -> Table:
-    """Return a new table of keys, a plain ``Table``: ``create_all()`` and Alembic find it.
+    """Return a new table of keys: a plain ``Table``, which ``create_all()`` and Alembic find.
 
     ::
 
         keys = idempotency_table(Base.metadata)
 
-    A row is one key of one principal, its request's fingerprint, and the response. The key is
-    readable, the principal is only part of the digest ``id``. ``status`` is NULL where the
-    application committed in the midst of a request that then failed, ``body`` is NULL where the
-    response was not stored.
+    Each row has a key of a principal, the fingerprint of its request, and the response. The key is
+    readable, but the principal is only part of the digest ``id``. ``body`` is NULL if the response
+    was not stored. ``status`` is NULL if the application committed in the middle of a request that
+    is still running or has failed.
 
     :param metadata: the application's ``MetaData``, usually ``Base.metadata``.
     :param name: the table's name.
@@ -36,7 +36,7 @@ def idempotency_table(metadata: MetaData, *, name: str = "idempotency_key") -> T
     return Table(
         name,
         metadata,
-        # Digests: MariaDB compares text without regard to case, and limits the length of a key.
+        # Digests, because MariaDB ignores case in comparisons and limits the length of an index.
         Column("id", String(64), primary_key=True),
         Column("idempotency_key", String(255), nullable=False),
         Column("fingerprint", String(64), nullable=False),
@@ -50,12 +50,12 @@ def idempotency_table(metadata: MetaData, *, name: str = "idempotency_key") -> T
 
 
 def now() -> datetime:
-    """Return the time as the table has it: in UTC, without a time zone."""
+    """Return the current time as the table stores it: in UTC, without a time zone."""
     return datetime.now(timezone.utc).replace(tzinfo=None)
 
 
 def purge(session: Session | scoped_session[Any], table: Table, *, older_than: timedelta) -> int:
-    """Delete the keys of requests that are older than this, in the Session's transaction.
+    """Delete the keys that are older than a ``timedelta``, in the Session's transaction.
 
     ::
 
@@ -66,7 +66,7 @@ def purge(session: Session | scoped_session[Any], table: Table, *, older_than: t
 
     :param session: the Session, or the application's registry.
     :param table: the table of keys.
-    :param older_than: longer than any client goes on repeating a request.
+    :param older_than: a longer time than any client keeps repeating a request.
     :return: the number of deleted keys.
     :raises TypeError: if ``older_than`` is not a ``timedelta``.
     :raises ValueError: if ``older_than`` is negative.

@@ -1,4 +1,4 @@
-"""Whether the application wrote something besides the key, in a transaction that is discarded."""
+"""Whether the application has written something besides the key, when a Session is closed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wsgi_dbsession._transaction import connections, has_changes, has_written
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Table
 
-# A SELECT may call a function that writes, so it is unknown what these have done.
+# Statements that usually only read. A SELECT may call a function that writes, so it is unknown.
 _READ = re.compile(
     r"(?:\s|\(|/\*.*?\*/|--[^\n]*\n)*(?:SELECT|VALUES|SHOW|EXPLAIN|SET|SAVEPOINT|RELEASE|ROLLBACK|"
     r"WITH(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE)\b))\b",
@@ -25,12 +25,12 @@ _READ = re.compile(
 
 
 class Written:
-    """Answers for a transaction in which the database counts the key among what was written.
+    """Replaces ``has_written()`` for the transaction of the key, which would count the key.
 
-    A ``Session.remove()`` that discards the key alone does no harm: it is written again.
+    A ``Session.remove()`` that discards only the key does no harm: the row is written again.
 
     :param session: the Session, in the transaction of the key.
-    :param connection: that of the key.
+    :param connection: the connection of that transaction.
     :param table: the table of keys.
     """
 
@@ -39,15 +39,15 @@ class Written:
     def __init__(self, session: Any, connection: Connection, table: Table) -> None:
         self._table = table
         self._has_written = False
-        # A weak one, or the connection would be part of a cycle.
+        # A weak reference: the connection must not be part of a cycle.
         self._connection = weakref.ref(connection)
-        # SQLAlchemy 2.0 refuses a listener of the connections of isolate().
+        # SQLAlchemy 2.0 refuses listeners of isolate()'s connections.
         with contextlib.suppress(InvalidRequestError):
-            event.listen(connection, "before_cursor_execute", self._see)
-            session.dbsession_has_written = self.ask
+            event.listen(connection, "before_cursor_execute", self._before_cursor_execute)
+            session.dbsession_has_written = self.has_written
 
-    def ask(self, session: Any) -> bool | None:
-        """Return whether the application has something to lose, None if unknown."""
+    def has_written(self, session: Any) -> bool | None:
+        """Return whether the application has written something, None if unknown."""
         wrote = has_written(session)
         if (
             not wrote
@@ -59,7 +59,7 @@ class Written:
         others = [each for each, _ in connections(session) if each is not self._connection()]
         return True if any(map(_driver.has_written, others)) else None
 
-    def _see(
+    def _before_cursor_execute(
         self, _: Connection, __: Any, statement: str, ___: Any, context: Any, ____: bool
     ) -> None:
         written = getattr(getattr(context.compiled, "statement", None), "table", None)

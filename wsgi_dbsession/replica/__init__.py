@@ -1,7 +1,8 @@
-"""Replica: reads in one round trip, and from replicas that have what their client has written.
+"""Replica: reads in one round trip, and from replicas that have their client's writes.
 
-:func:`read_only_engine` makes an engine on which the server refuses writes, :func:`session_class`
-lets the requests that only read use it, and :class:`Replicas` lets them use replicas.
+:func:`read_only_engine` makes an engine on which the server refuses writes.
+:func:`session_class` routes requests that only read to it, and :class:`Replicas` routes them to
+replicas.
 """
 
 from ._read_only import is_refused_write, read_only_engine

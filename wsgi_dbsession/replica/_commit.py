@@ -1,4 +1,4 @@
-"""COMMIT, and where the database is after it, at no extra round trip where the driver allows."""
+"""COMMIT and the position after it, without an extra round trip if the driver allows it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 _IDLE = 0  # PQTRANS_IDLE of libpq
 
 _BEFORE = "SELECT current_setting('synchronous_commit'), pg_current_xact_id_if_assigned()::text"
-# No row on a standby, where these functions fail: the primary's address may lead to one.
+# Returns no row on a standby, where these functions fail. The primary's address may lead to one.
 _AFTER = """SELECT pg_current_wal_flush_lsn()::text, pg_current_wal_insert_lsn()::text,
  left(pg_walfile_name(pg_current_wal_flush_lsn()), 8) WHERE NOT pg_is_in_recovery()"""
 
-# All in one message. A setting of the session carries over what is known before COMMIT. A COMMIT
-# that fails takes it back, so after an error it shows whether COMMIT failed, or what follows it.
+# All in one message. A setting of the session keeps what is known only before COMMIT. A failed
+# COMMIT reverts it. So after an error it shows whether COMMIT or a later statement has failed.
 _SETTING = "wsgi_dbsession.commit"
 _BATCH = f"""SELECT set_config('{_SETTING}', concat_ws(' ', '%s',
  current_setting('synchronous_commit'), pg_current_xact_id_if_assigned()::text), false); COMMIT; %s
@@ -34,10 +34,10 @@ _WHICH = f"SELECT current_setting('{_SETTING}', true)"
 
 
 class Commit:
-    """Commits the transactions of one engine, and returns where the database is afterwards.
+    """Commits the transactions of one engine, and returns the database's position afterwards.
 
-    :param engine: the primary's.
-    :raises ValueError: it is not PostgreSQL with one of the known drivers.
+    :param engine: the engine of the primary.
+    :raises ValueError: it is not PostgreSQL with one of the supported drivers.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -62,7 +62,7 @@ class Commit:
             raise ValueError(msg)
         self._dbapi = dbapi
         self._pipelines = dialect.driver == "psycopg"
-        # psycopg2 believes that its transaction goes on, and ends it with a COMMIT of its own.
+        # psycopg2 assumes that the transaction is still open, so this opens one for its commit().
         self._begin = "BEGIN READ ONLY;" if dialect.driver == "psycopg2" else ""
         self._row = rows[dialect.driver]
 
@@ -70,11 +70,11 @@ class Commit:
         """Commit.
 
         :param driver: the driver's connection.
-        :param commit: commits in the usual way, which returns no position.
-        :return: the position, None if the transaction has written nothing, and
-            :data:`NOWHERE` if it may have and the position is not known.
-        :raises BaseException: COMMIT failed, or was interrupted, by gevent's Timeout for example.
-            A failure of what follows it is never raised.
+        :param commit: commits as the dialect does, without a position.
+        :return: the position, None if the transaction has written nothing, or
+            :data:`NOWHERE` if it may have written and the position is unknown.
+        :raises BaseException: COMMIT failed or was interrupted, for example by gevent's Timeout.
+            A later statement that fails does not raise.
         """
         if driver.autocommit:
             commit()
@@ -87,13 +87,11 @@ class Commit:
         return self._in_pipeline(driver) if self._pipelines else self._in_batch(driver)
 
     def at_autocommit(self, driver: Any) -> Position:
-        """Return the position after what was executed at AUTOCOMMIT.
-
-        Each statement was a transaction of its own: whether they wrote is not known.
+        """Return the current position, after statements at AUTOCOMMIT that may have written.
 
         :param driver: the driver's connection.
-        :return: the position, :data:`NOWHERE` on a standby.
-        :raises BaseException: the question failed, or was interrupted.
+        :return: the position, or :data:`NOWHERE` on a standby.
+        :raises BaseException: the query failed or was interrupted.
         """
         return _read("off", self._row(driver, _AFTER))
 
@@ -106,10 +104,10 @@ class Commit:
                 commit.execute("COMMIT", prepare=False)
                 after.execute(_AFTER, prepare=False)
         except self._dbapi.Error as error:
-            covered = error.__context__
-            if covered is not handled and not isinstance(covered, self._dbapi.Error | None):
-                # An interruption, after which psycopg cannot leave the pipeline.
-                raise covered from None
+            hidden = error.__context__
+            if hidden is not handled and not isinstance(hidden, self._dbapi.Error | None):
+                # psycopg fails to leave the pipeline after an interruption, and hides that.
+                raise hidden from None
             if commit.statusmessage != "COMMIT":
                 raise
             return NOWHERE
@@ -124,20 +122,20 @@ class Commit:
                 raise
             return NOWHERE
         if self._begin:
-            with contextlib.suppress(self._dbapi.Error):  # the pool will find its connection dead
+            with contextlib.suppress(self._dbapi.Error):  # the pool discards a lost connection
                 driver.commit()
         return _position(known.split()[1:], after)
 
     def _has_committed(self, driver: Any, token: str) -> bool:
         with contextlib.suppress(self._dbapi.Error):
-            driver.rollback()  # of the transaction for psycopg2
+            driver.rollback()  # psycopg2 may be in the transaction that self._begin has opened
             (known,) = self._row(driver, _WHICH)
             driver.rollback()
             return bool(known) and known.split()[0] == token
         return False
 
     def _cursor(self, driver: Any) -> Any:
-        # Whatever cursors and rows the application has chosen.
+        # Independent of the connection's cursor_factory and row_factory.
         return self._dbapi.Cursor(driver, row_factory=self._dbapi.rows.tuple_row)
 
     def _psycopg(self, driver: Any, statement: str) -> Sequence[Any]:
@@ -165,7 +163,7 @@ def _read(synchronous: str | None, after: Sequence[Any] | None) -> Position:
     if after is None or after[0] is None:
         return NOWHERE
     flushed, inserted, timeline = after
-    # With "off", COMMIT has returned before its record was flushed.
+    # With "off", COMMIT may return before its record is flushed.
     return Position.read(int(timeline, 16), inserted if synchronous == "off" else flushed)
 
 

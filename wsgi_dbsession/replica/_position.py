@@ -1,4 +1,4 @@
-"""Where a database is in its history, and the cookie by which a client carries that."""
+"""A position in the database's write-ahead log, and the cookies that carry it."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 class Position(NamedTuple):
-    """A place in PostgreSQL's write-ahead log, which a failover forks into a new timeline."""
+    """A position in PostgreSQL's write-ahead log. A failover starts a new timeline of the log."""
 
     timeline: int
     lsn: int
 
     @classmethod
     def read(cls, timeline: int, lsn: str) -> Self:
-        """Return the position that PostgreSQL writes as ``16/B374D848``."""
+        """Return the position with this LSN, in PostgreSQL's notation: ``16/B374D848``."""
         high, _, low = lsn.partition("/")
         return cls(timeline, (int(high, 16) << 32) + int(low, 16))
 
     def covers(self, other: Position) -> bool:
-        """Return whether whoever is here has everything up to there.
+        """Return whether a server at this position has replayed everything up to the other one.
 
-        The timeline counts on its own: a standby that still follows a former primary may be far
-        along a branch that has come to nothing.
+        The LSN alone does not suffice: a standby that still follows a former primary may be
+        further in the log, on a branch without the write.
         """
         return self.timeline >= other.timeline and self.lsn >= other.lsn
 
     def join(self, other: Position) -> Position:
-        """Return the first position that covers both."""
+        """Return the lowest position that covers both."""
         return Position(max(self.timeline, other.timeline), max(self.lsn, other.lsn))
 
 
-START = Position(0, 0)  # every replica is here
-NOWHERE = Position(0, (1 << 64) - 1)  # no replica ever is here
+START = Position(0, 0)  # each replica covers it
+NOWHERE = Position(0, (1 << 64) - 1)  # no replica covers it
 
 
 class Cookies:
     """Writes positions into signed cookies, and reads them.
 
-    Each position has a cookie of its own, whose name ends with it. With a common name, the
-    response that arrives last would win, and of two requests that write at the same time, that
-    may be the one which committed first.
+    Each position has its own cookie, whose name ends with the position. A common name would let
+    the response that arrives last win. Of two concurrent requests that write, that may be the one
+    that committed first.
 
-    :param name: how their names begin.
-    :param secret: the key of their signature.
-    :param max_age: how many seconds a client keeps them.
-    :param secure: whether a client sends them over HTTPS only.
+    :param name: the prefix of the cookies' names.
+    :param secret: the key of the signature.
+    :param max_age: for how many seconds clients keep the cookies.
+    :param secure: whether clients send the cookies over HTTPS only.
     """
 
     def __init__(self, name: str, secret: str | bytes, max_age: int, *, secure: bool) -> None:
@@ -78,10 +78,12 @@ class Cookies:
         self._attributes = f"Path=/; HttpOnly; SameSite=Lax{'; Secure' * secure}"
 
     def headers(self, position: Position, former: str) -> Iterator[tuple[str, str]]:
-        """Return the response headers that make a client carry this position.
+        """Return the response headers that set the cookie of a position.
 
-        :param position: what the client has written up to.
-        :param former: its request's ``Cookie`` header; what the new position covers is deleted.
+        They also delete the client's cookies of other positions that this one covers.
+
+        :param position: the position after the client's last write.
+        :param former: the ``Cookie`` header of the request.
         """
         name, value = self._write(position)
         yield (
@@ -94,9 +96,9 @@ class Cookies:
                 yield "Set-Cookie", f"{name}=; Max-Age=0; {self._attributes}"
 
     def position(self, header: str) -> Position:
-        """Return the first position that covers those of a ``Cookie`` header.
+        """Return the lowest position that covers all positions of a ``Cookie`` header.
 
-        What this secret has not signed is ignored.
+        Cookies that were not signed with this secret are ignored.
         """
         found = START
         for position in self._read(header):

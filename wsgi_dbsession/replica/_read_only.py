@@ -1,4 +1,4 @@
-"""An engine that can only read: one round trip for a statement, and the server refuses writes."""
+"""An engine for reads: one round trip for each statement, and the server refuses writes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class _Server(NamedTuple):
-    """How a kind of server is told that a connection only reads, and asked whether it knows."""
+    """How to make a connection to one kind of server read-only, and how to check that it is."""
 
     setting: str
-    question: str
+    query: str
     command: str | None = None  # None: the setting is a startup parameter
 
 
@@ -49,16 +49,16 @@ _REFUSED = frozenset(
         "1290",  # MySQL, MariaDB: the server runs with --read-only
     }
 )
-_CHECKED = "wsgi_dbsession.read_only"  # key of what a pool knows of a connection
+_CHECKED = "wsgi_dbsession.read_only"  # key in the pool's `ConnectionPoolEntry.info`
 _SAVEPOINTS = ("SAVEPOINT", "RELEASE SAVEPOINT", "ROLLBACK TO SAVEPOINT")
 
 
 def read_only_engine(engine_or_url: Engine | URL | str, **options: Any) -> Engine:
     """Make an engine that reads in one round trip, and on which the server refuses each write.
 
-    It has its own pool. Its connections are at AUTOCOMMIT, so that no BEGIN, COMMIT or ROLLBACK
-    is sent, and they are made read-only. Each new one is checked once, because a pooler may
-    ignore that.
+    It has its own pool. Its connections are read-only and at AUTOCOMMIT, so SQLAlchemy sends no
+    BEGIN, COMMIT or ROLLBACK. Each new connection is checked once, because a pooler may ignore
+    the setting that makes it read-only.
 
     ::
 
@@ -67,12 +67,12 @@ def read_only_engine(engine_or_url: Engine | URL | str, **options: Any) -> Engin
             sessionmaker(class_=session_class(engine, reads)), scopefunc=current_scope
         )
 
-    :param engine_or_url: where the database is. Of an engine only the URL is used: pass its other
-        arguments and register its listeners again.
+    :param engine_or_url: the database's URL, or an engine, of which only the URL is used: pass its
+        other arguments and register its listeners again.
     :param options: further arguments of ``create_engine()``, such as ``pool_size``.
     :return: the engine. Its isolation level cannot be changed.
     :raises ValueError: the database is not PostgreSQL, CockroachDB, MySQL, MariaDB or SQLite, or
-        it is a SQLite database in memory, which no second connection can see.
+        it is a SQLite database in memory, which other connections cannot read.
     :raises TypeError: ``isolation_level`` or ``pool_reset_on_return`` is among the options.
     """
     url = engine_or_url.url if isinstance(engine_or_url, Engine) else make_url(engine_or_url)
@@ -97,11 +97,11 @@ def read_only_engine(engine_or_url: Engine | URL | str, **options: Any) -> Engin
         READ_ONLY: True,
     }
     engine = create_engine(url, isolation_level="AUTOCOMMIT", pool_reset_on_return=None, **options)
-    # Nothing is ever open in these connections. `skip_autocommit_rollback` is not in SQLAlchemy
-    # 2.0.20, and leaves the COMMIT, for which PyMySQL and pg8000 ask the server.
+    # These connections never have a transaction. `skip_autocommit_rollback` is missing in
+    # SQLAlchemy 2.0.20, and does not skip COMMIT, which PyMySQL and pg8000 send to the server.
     dialect: Any = engine.dialect
     dialect.do_commit = dialect.do_rollback = _do_nothing
-    setattr(dialect, READ_ONLY, True)  # for listeners of the pool, which has no options
+    setattr(dialect, READ_ONLY, True)  # for listeners of the pool, which has no execution options
     event.listen(engine, "checkout", _Check(server))
     event.listen(engine, "handle_error", _explain, retval=True)
     event.listen(engine, "set_connection_execution_options", _keep_autocommit)
@@ -116,20 +116,21 @@ def is_refused_write(error: BaseException) -> bool:
     """
     if any(code in _REFUSED for code in codes(error)):
         return True
-    # The code, SQLITE_READONLY, is an attribute from Python 3.11 on only.
+    # sqlite3 has the code, SQLITE_READONLY, as an attribute only since Python 3.11.
     return "attempt to write a readonly database" in str(getattr(error, "orig", error))
 
 
 def _startup_parameter(url: URL, connect_args: dict[str, Any]) -> dict[str, Any]:
-    """Return what makes a connection read-only before its first statement.
+    """Return connect_args with the startup parameter that makes a connection read-only.
 
-    SET would not do: a pooler such as PgBouncer may run it on another client's connection.
+    SET would not suffice: a pooler such as PgBouncer may execute it on one connection to the
+    server, and later statements on another.
     """
     name, value = _POSTGRESQL.setting, "on"
     if url.get_driver_name() == "pg8000":
         parameters: dict[str, Any] = {**(connect_args.get("startup_params") or {}), name: value}
         return {**connect_args, "startup_params": parameters}
-    # libpq reads the environment variable only where it is given no options.
+    # libpq reads the environment variable only if it is given no options.
     given: str | tuple[str, ...] = (
         connect_args.get("options") or url.query.get("options") or os.environ.get("PGOPTIONS", "")
     )
@@ -142,10 +143,10 @@ def _do_nothing(dbapi_connection: DBAPIConnection) -> None:
 
 
 class _Check:
-    """Makes a new connection read-only, and refuses one on which that has no effect.
+    """Makes each new connection read-only, and refuses it if that has no effect.
 
-    When it is checked out first: SQLAlchemy closes a connection whose checkout fails, but 2.0 does
-    not close one whose "connect" event fails.
+    It runs at the first checkout, because SQLAlchemy closes a connection whose "checkout" listener
+    fails. SQLAlchemy 2.0 does not close one whose "connect" listener fails.
     """
 
     def __init__(self, server: _Server) -> None:
@@ -161,7 +162,7 @@ class _Check:
         try:
             if server.command is not None:
                 cursor.execute(server.command)
-            cursor.execute(server.question)
+            cursor.execute(server.query)
             row: Any = cursor.fetchone()
         finally:
             cursor.close()
@@ -187,7 +188,7 @@ _ELSEWHERE = (
 
 
 def _explain(context: ExceptionContext) -> Exception | None:
-    """Name the way out in an error that comes from being read-only."""
+    """Add the fix to an error that a read-only connection or AUTOCOMMIT has caused."""
     error = context.sqlalchemy_exception
     connection = context.connection
     if error is None:  # not an error of the driver
@@ -215,9 +216,9 @@ def _explain(context: ExceptionContext) -> Exception | None:
 
 
 def _needs_transaction(error: BaseException) -> bool:
-    # PostgreSQL: no_active_sql_transaction; MariaDB: there is no such savepoint.
+    # PostgreSQL: no_active_sql_transaction; MariaDB: SAVEPOINT does not exist.
     found = set(codes(error))
-    # psycopg2 does not ask the server.
+    # psycopg2 raises its own error, which has no code.
     return bool(found & {"25P01", "1305"}) or "named cursor outside of transactions" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""Reads on replicas that never miss what their client has written."""
+"""Route reads to replicas that have everything their client has written."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.orm import Session
 
-# A position that this connection's server had replayed. It counts for the connection only: a
-# server that has crashed may come back behind itself, and an address may lead to another server.
+# Key in Connection.info: a position that the connection's server has replayed. It is kept with the
+# connection, because a server that has crashed may restart at an earlier position, and because an
+# address may lead to another server.
 _REPLAYED = "wsgi_dbsession.replayed"
 
-# The timeline of the WAL that arrives is shown to roles with pg_read_all_stats. That of the last
-# restartpoint is shown to all; it is what the server has surely reached.
-_WHERE = """SELECT pg_last_wal_replay_lsn()::text, coalesce(
+# PostgreSQL shows the timeline that a standby receives only to roles with pg_read_all_stats. It
+# shows all roles that of the last restartpoint, which the server has certainly reached.
+_POSITION = """SELECT pg_last_wal_replay_lsn()::text, coalesce(
  (SELECT received_tli FROM pg_stat_wal_receiver),
  (SELECT timeline_id FROM pg_control_checkpoint()))"""
 
 
 class Replicas:
-    """Let safe requests read from replicas that have all that their client has written.
+    """Route safe requests to replicas that have everything their client has written.
 
     ::
 
@@ -48,20 +49,20 @@ class Replicas:
         app = replicas.wrap(RetryMiddleware(SessionMiddleware(app, Session)))
 
     After a COMMIT, the client gets a cookie with the position in the write-ahead log. A safe
-    request that carries it reads from a replica which has replayed the log up to there, and
-    otherwise from the primary.
+    request with that cookie reads from a replica that has replayed the log up to the position. If
+    the replica whose turn it is has not, the request reads from the primary.
 
-    :param primary: the engine that writes: PostgreSQL 13 or later with psycopg, psycopg2 or
+    :param primary: the engine of the primary: PostgreSQL 13 or later with psycopg, psycopg2 or
         pg8000.
-    :param replicas: the engines of its streaming replicas, such as :func:`read_only_engine` makes.
-        There must be no pooler in between.
-    :param secret: the key of the cookie's signature, at least 16 bytes, the same in all processes.
-    :param cookie: how the names of the cookies begin.
-    :param max_age: how many seconds a client keeps a cookie. A replica that is further behind
-        shows old data to it afterwards.
+    :param replicas: the engines of its streaming replicas, for example made by
+        :func:`read_only_engine`. They must not connect through a pooler.
+    :param secret: the key of the cookies' signature, at least 16 bytes, the same in all processes.
+    :param cookie: the prefix of the cookies' names.
+    :param max_age: for how many seconds a client keeps a cookie. After that it may read old data
+        from a replica that lags further behind.
     :param secure: whether clients send the cookie over HTTPS only.
-    :param when: called with a request's environ, returns whether it only reads.
-    :param pause: for how many seconds a replica is not tried after it was unreachable.
+    :param when: called with a request's environ, returns whether the request only reads.
+    :param pause: for how many seconds an unreachable replica is not tried again.
     :raises TypeError: an engine is not an ``Engine``, or ``when`` is not callable.
     :raises ValueError: there is no replica, the primary is not supported, or another argument is
         out of range.
@@ -80,7 +81,7 @@ class Replicas:
         pause: float = 5.0,
     ) -> None:
         for engine in (primary, *replicas):
-            kind: type = type(engine)  # of which the annotation knows only what it should be
+            kind: type = type(engine)  # callers without a type checker may pass anything
             if not issubclass(kind, Engine):
                 msg = f"primary and replicas must be engines, got {engine!r}. Use create_engine()."
                 raise TypeError(msg)
@@ -102,11 +103,12 @@ class Replicas:
         listen(primary, self._requests)
 
     def wrap(self, app: WSGIApplication) -> WSGIApplication:
-        """Return the application with the cookie. RetryMiddleware goes inside.
+        """Return the application, wrapped in a middleware that sets the cookie.
 
-        The application raises ``RuntimeError`` if a SessionMiddleware is around it.
+        It raises ``RuntimeError`` at a request if a SessionMiddleware is around it. Put
+        RetryMiddleware inside: ``wrap()`` lets it retry writes that a replica has refused.
 
-        :param app: a :class:`SessionMiddleware`, or what is around it.
+        :param app: a :class:`SessionMiddleware`, or a middleware around it.
         """
         inner: Any = app
         while inner is not None:
@@ -138,18 +140,18 @@ class Replicas:
                 "app = replicas.wrap(SessionMiddleware(app, Session))"
             )
             raise RuntimeError(msg)
-        # What came of a replica the first time is not asked for again.
+        # A further attempt uses the primary, because a replica may have caused the failure.
         connection = None if is_retried() else self._read(requests)
         if connection is None and required:
             connection = self._primary.connect()
             if is_autocommit(connection):
-                # psycopg makes transactions read-only, and here there would be none.
+                # psycopg makes transactions read-only, but at AUTOCOMMIT there would be none.
                 connection.execution_options(isolation_level="READ COMMITTED")
             connection.execution_options(postgresql_readonly=True)
         return connection
 
     def _read(self, requests: list[Request]) -> Connection | None:
-        """Return a connection to a replica that is far enough, or None."""
+        """Return a connection to a replica that covers the position of all requests, or None."""
         needed = START
         for request in requests:
             needed = needed.join(request.position())
@@ -160,7 +162,7 @@ class Replicas:
             replica = self._replicas[(first + number) % len(self._replicas)]
             connection = replica.connect()
             if connection is not None:
-                # The primary at once if it is behind: to wait costs more than it saves.
+                # If it is behind, use the primary: asking another replica costs a round trip, too.
                 return connection if replica.covers(connection, needed) else None
         return None
 
@@ -168,19 +170,19 @@ class Replicas:
         """Return whether a replica refused a write of a request that may run on the primary."""
         if not is_refused_write(error):
             return False
-        # Asked when the error comes, and again when the request is over.
+        # RetryMiddleware calls this when the error occurs, and again after the scope.
         if self._router.reads(find_scope()) is None and not is_retried():
             self._refused.add(error)
         return error in self._refused
 
     def _requests(self) -> list[Request]:
-        """Return the requests that are in force, from the innermost outwards."""
+        """Return the current requests, from the innermost outwards."""
         environs = [scope.environ for scope in scopes()]
         return [environ[self._key] for environ in environs if environ and self._key in environ]
 
 
 class _Replica:
-    """One replica, and whether it is worth a try."""
+    """One replica, which is not tried for a while after a failure."""
 
     __slots__ = ("_engine", "_pause", "_until")
 
@@ -190,7 +192,7 @@ class _Replica:
         self._until = 0.0
 
     def connect(self) -> Connection | None:
-        """Return a connection on which nothing can be written, or None if that fails."""
+        """Return a read-only connection, or None if the replica is paused or unreachable."""
         if time.monotonic() < self._until:
             return None
         connection: Connection | None = None
@@ -198,7 +200,7 @@ class _Replica:
             connection = self._engine.connect()
             if is_read_only(connection):
                 return connection
-            # It may be promoted while it is in use.
+            # The server may be promoted during the transaction.
             connection = connection.execution_options(postgresql_readonly=True)
         except (DBAPIError, OSError) as error:
             self._fail(connection, error)
@@ -213,16 +215,13 @@ class _Replica:
         return connection
 
     def covers(self, connection: Connection, needed: Position) -> bool:
-        """Return whether the server of this connection has replayed the log up to there.
-
-        :return: if not, the connection is closed.
-        """
+        """Return whether the connection's server covers a position, otherwise close it."""
         info = connection.info
         if info.get(_REPLAYED, START).covers(needed):
             return True
         try:
-            lsn, timeline = connection.exec_driver_sql(_WHERE).one()
-            # Not in the transaction that follows: its snapshot could be older than the answer.
+            lsn, timeline = connection.exec_driver_sql(_POSITION).one()
+            # End the transaction: at REPEATABLE READ, its snapshot may be older than the position.
             connection.rollback()
         except (DBAPIError, OSError) as error:
             self._fail(connection, error)

@@ -1,4 +1,4 @@
-"""The requests in force: what each has to see, and what is committed in it."""
+"""The current requests: the position that each needs, and the positions of its commits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Request:
-    """What one request has to see, and what it has written."""
+    """The position that one request needs, and the position after its last commit."""
 
     __slots__ = ("_cookies", "_header", "_needed", "_written")
 
@@ -42,13 +42,13 @@ class Request:
         return self._needed if self._written is None else self._needed.join(self._written)
 
     def note(self, position: Position) -> None:
-        """Record that the database is here after a COMMIT of this request."""
+        """Record the database's position after a COMMIT of this request."""
         self._written = position if self._written is None else self._written.join(position)
 
     def start(self, start_response: StartResponse) -> StartResponse:
         """Return a ``start_response`` that adds the cookie.
 
-        SessionMiddleware holds the start until the outcome, unless a block has to be sent before.
+        SessionMiddleware holds the start until the outcome, unless it sends a block before that.
         """
 
         def start(
@@ -67,21 +67,20 @@ class Request:
 
 
 def listen(primary: Engine, requests: Callable[[], list[Request]]) -> None:
-    """Record in the requests where the primary is after each COMMIT on it, whoever sends it.
+    """Record the primary's position in the current requests after each COMMIT.
 
-    There is no event after it, and before it the position is not known. Methods of a dialect
-    are there to be replaced in subclasses; an engine that exists has an object.
+    SQLAlchemy has no event after a COMMIT, so this replaces methods of the engine's dialect. At
+    AUTOCOMMIT a connection may return to the pool without a COMMIT, so this also listens to
+    "reset".
 
-    At AUTOCOMMIT a connection may be returned to the pool without any COMMIT.
-
-    :param primary: the engine.
-    :param requests: returns those in force. Several ``Replicas`` of one engine have their own.
-    :raises ValueError: it is not PostgreSQL with one of the known drivers.
+    :param primary: the engine of the primary.
+    :param requests: returns the current requests of one ``Replicas``. An engine may have several.
+    :raises ValueError: it is not PostgreSQL with one of the supported drivers.
     """
     commit = Commit(primary)
     sources = vars(primary.dialect).setdefault("dbsession_requests", [])
     sources.append(requests)
-    if len(sources) == 1:  # COMMIT gives its position once, to all of them
+    if len(sources) == 1:  # one replacement records the position for all of them
         _replace(primary, commit, lambda: [each for source in sources for each in source()])
 
 
@@ -107,8 +106,8 @@ def _replace(primary: Engine, commit: Commit, requests: Callable[[], list[Reques
         note(NOWHERE)
 
     def on_reset(driver: DBAPIConnection, *_: object) -> None:
-        # The pool discards a connection on which this fails. Elsewhere it would not, and a lost
-        # one, on which nothing has failed so far, would keep its place in the pool for ever.
+        # If the connection is lost, this fails and the pool discards it. After a failed "checkin"
+        # listener, a connection would never return to the pool.
         if autocommits(driver) and requests():
             position = NOWHERE
             try:

@@ -1,4 +1,4 @@
-"""Sessions that choose, for each transaction, where it reads."""
+"""Sessions that choose the connection of each transaction: the primary's or a read-only one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def has_safe_method(environ: WSGIEnvironment) -> bool:
-    """Return whether a request only reads, by its method: GET or HEAD.
+    """Return whether a request only reads: its method is GET or HEAD.
 
     :param environ: the request's environ.
     """
@@ -31,18 +31,18 @@ def has_safe_method(environ: WSGIEnvironment) -> bool:
 
 
 class Connect(Protocol):
-    """Opens the connection of a transaction that only reads."""
+    """Opens the connection for a transaction that only reads."""
 
     def __call__(self, *, required: bool) -> Connection | None:
-        """Return a connection, or None where the primary is to be used like for a write.
+        """Return a connection, or None to use the primary as for a write.
 
-        :param required: whether the scope was made read-only explicitly, so that the server has
-            to refuse writes.
+        :param required: whether the scope was made read-only explicitly: then return a connection
+            on which the server refuses writes.
         """
 
 
 class Router:
-    """What the Sessions of one class have in common."""
+    """The rule by which the Sessions of one class choose a connection."""
 
     __slots__ = ("connect", "primary", "when")
 
@@ -57,7 +57,7 @@ class Router:
         self.when = when
 
     def reads(self, scope: Scope | None) -> bool | None:
-        """Return whether a scope only reads; None where only its method says so."""
+        """Return whether a scope only reads, None if ``when`` has decided so."""
         if scope is None:
             return False
         if scope.read_only is not None:
@@ -72,7 +72,7 @@ class Router:
 
 
 def is_retried() -> bool:
-    """Return whether a request in force runs again, after an attempt that failed."""
+    """Return whether a current request is a further attempt of RetryMiddleware."""
     return any(
         scope.environ is not None and scope.environ.get("wsgi_dbsession.attempt", 1) > 1
         for scope in scopes()
@@ -80,15 +80,15 @@ def is_retried() -> bool:
 
 
 class RoutedSession(Session):
-    """A Session that uses one connection for a transaction: the primary's, or one that reads.
+    """A Session that uses the primary or a read-only connection for each transaction.
 
-    It decides when the transaction's first statement is about to be executed, by ``get_bind()``.
-    Only what would go to the primary is routed: other binds keep their meaning.
+    It decides in ``get_bind()``, before the first statement of the transaction. It only routes
+    statements that would use the primary: those with other binds are unaffected.
     """
 
     dbsession_routed = True
     dbsession_router: ClassVar[Router]
-    dbsession_bind: ClassVar[Engine]  # the primary, for those who bind the Sessions elsewhere
+    dbsession_bind: ClassVar[Engine]  # the primary, for isolate(), which binds Sessions elsewhere
 
     def __init__(self, bind: Engine | Connection | None = None, **options: Any) -> None:
         super().__init__(bind or self.dbsession_bind, **options)
@@ -97,11 +97,11 @@ class RoutedSession(Session):
         self._dbsession_reading: Connection | None = None
 
     def get_bind(self, mapper: Any = None, **arguments: Any) -> Engine | Connection:
-        """Return where a statement is executed, see ``Session.get_bind()``."""
+        """Return the bind of a statement, see ``Session.get_bind()``."""
         bind = super().get_bind(mapper, **arguments)
         if (
             bind is not self.dbsession_bind
-            or arguments.get("bind") is not None  # the application asks for the primary
+            or arguments.get("bind") is not None  # the application chooses the primary explicitly
             or self.twophase  # a read-only connection cannot prepare a transaction
         ):
             return bind
@@ -131,7 +131,7 @@ class RoutedSession(Session):
             self.dbsession_release()
 
     def dbsession_release(self) -> None:
-        """Give back the connection that reads: the Session does not close what it was given."""
+        """Close the read-only connection, which the Session itself does not do."""
         self._dbsession_decided = None
         connection, self._dbsession_reading = self._dbsession_reading, None
         if connection is not None:
@@ -141,7 +141,7 @@ class RoutedSession(Session):
         scope = find_scope()
         reads = self.dbsession_router.reads(scope)
         if self._dbsession_decided is not None:
-            # Somebody has asked before, but no transaction began.
+            # get_bind() was called before, but no transaction has begun.
             decided_for, decision = self._dbsession_decided
             if decided_for() is scope and decision is reads:
                 return
@@ -169,7 +169,7 @@ def session_class(
     *,
     when: Callable[[WSGIEnvironment], bool] = has_safe_method,
 ) -> type[Session]:
-    """Make a class of Sessions that use another engine where they only read.
+    """Make a class of Sessions that use another engine in scopes that only read.
 
     ::
 
@@ -178,12 +178,12 @@ def session_class(
             sessionmaker(class_=session_class(engine, reads)), scopefunc=current_scope
         )
 
-    A scope only reads if its request's method is safe, or if ``scope.read_only`` or
-    ``session_scope(Session, read_only=True)`` say so. A further attempt of RetryMiddleware at a
-    safe request uses the first engine.
+    A scope only reads if ``when`` returns True for its request. ``scope.read_only`` and
+    ``session_scope(Session, read_only=True)`` take precedence. A further attempt of
+    RetryMiddleware at a safe request uses ``engine``.
 
     :param engine: the engine of all other scopes.
-    :param reads: what :func:`read_only_engine` returns.
+    :param reads: the engine of scopes that only read, made by :func:`read_only_engine`.
     :param when: called with a request's environ, returns whether the request only reads.
     :return: a class for ``sessionmaker(class_=...)``, or to derive your own from.
     :raises TypeError: ``when`` is not callable.

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from tests.retry.applications import flask_app, list_app, protect
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+    from tests.support import postgres
     from tests.support.models import Database
 
 pytestmark = pytest.mark.promise("run again")
@@ -157,6 +158,29 @@ def test_an_error_after_a_refused_connection_is_the_cause(proxy: Proxy, proxied:
     with pytest.raises(AppError):
         drive(protect(list_app(work), registry, retry_connect=True), "POST")
     assert len(attempts) == 1
+
+
+def test_a_failed_pre_ping_is_not_a_failure_to_connect(
+    engine: Engine, postgres_admin: postgres.Admin
+) -> None:
+    """SQLAlchemy opens another connection then, and the application fails at something else."""
+    pinging = create_engine(engine.url, pool_pre_ping=True)
+    registry = make_registry(pinging)
+    attempts: list[None] = []
+
+    def work() -> None:
+        attempts.append(None)
+        registry.execute(text("SELECT 1"))
+        raise AppError
+
+    with pinging.connect():
+        pass
+    assert postgres_admin.terminate() == 1
+
+    reply = drive(protect(flask_app(work), registry, retry_connect=True), "POST")
+    pinging.dispose()
+
+    assert (reply.status[:3], len(attempts)) == ("500", 1)
 
 
 def test_nothing_is_run_again_if_something_was_committed_elsewhere(

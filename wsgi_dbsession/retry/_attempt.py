@@ -226,7 +226,8 @@ class Attempt:
         error = context.sqlalchemy_exception or context.original_exception
         connection = context.connection
         if connection is None:
-            self._fail_to_connect(error)
+            if not context.is_pre_ping:  # after which SQLAlchemy opens another connection
+                self._fail_to_connect(error)
             return False
         self._check_autocommit(connection)  # a standby may have been promoted meanwhile
         committing, self._committing = self._committing, False

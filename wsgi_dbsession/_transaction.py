@@ -181,17 +181,18 @@ class Commit:
 
     def _flush(self) -> list[AdoptedSession]:
         sessions = self._sessions
-        flushed: list[AdoptedSession] = []
-        again = True
-        while again:
+        flushed: dict[AdoptedSession, None] = {}
+        for _ in range(100):  # after as many, SQLAlchemy's commit() raises
             again = False
             for session in list(sessions.values()):
-                if session not in flushed and is_begun(session):
+                if has_changes(session) or (session not in flushed and session.in_transaction()):
                     session.flush()
-                    flushed.append(session)
-                    again = len(sessions) > 1  # a listener may have begun another one
+                    flushed[session] = None
+                    again = len(sessions) > 1  # a listener may have used each of them
+            if not again:
+                break
         if len(sessions) == 1:
-            return flushed
+            return list(flushed)
         ordered = sorted(sessions, key=lambda each: each.number)
         return [sessions[each] for each in ordered if sessions[each] in flushed]
 

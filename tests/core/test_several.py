@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
+from sqlalchemy.orm.exc import FlushError
 
 from tests.support.models import Book, Database, Note
 from wsgi_dbsession import session_scope
@@ -66,6 +67,44 @@ def test_a_flush_that_fails_rolls_all_back(
 
     assert postgres_database.notes() == []
     assert other_postgres_database.notes() == []
+
+
+@pytest.mark.parametrize("of", [0, 1], ids=["another Session", "its own Session"])
+def test_what_a_listener_of_a_flush_adds_is_flushed_before_the_first_commit(
+    two: tuple[Registry, Registry], postgres_database: Database, of: int
+) -> None:
+    """Even if the Session to which it adds something has been flushed before."""
+    first, second = two
+    added: list[Note] = []
+
+    @event.listens_for(two[of].session_factory, "after_flush")
+    def on_flush(*_: object) -> None:
+        if not added:
+            added.append(Note(text="\0"))
+            second.add(added[0])
+
+    with pytest.raises(DBAPIError), session_scope(first, second) as scope:
+        second.add(Note(text="b"))
+        first.add(Note(text="a"))
+
+    assert scope.reason == "rolled back"
+    assert postgres_database.notes() == []
+
+
+def test_a_listener_that_adds_something_at_each_flush_ends_in_an_error(
+    two: tuple[Registry, Registry], postgres_database: Database, other_postgres_database: Database
+) -> None:
+    """It is SQLAlchemy's, and none of them is committed."""
+    first, second = two
+    event.listen(
+        first.session_factory, "after_flush", lambda session, _: session.add(Note(text="late"))
+    )
+
+    with pytest.raises(FlushError, match="Over 100"), session_scope(first, second):
+        first.add(Note(text="a"))
+        second.add(Note(text="b"))
+
+    assert postgres_database.notes() == other_postgres_database.notes() == []
 
 
 @pytest.mark.parametrize("broken", [0, 1])

@@ -112,7 +112,7 @@ def _on_error(context: ExceptionContext) -> None:
             _LOCK_TIMEOUT in found and ask(connection, _ROLLS_BACK_ON_TIMEOUT)[0]
         )
     else:
-        spoiled = bool(is_aborted(driver)) and not connection.in_nested_transaction()
+        spoiled = is_aborted(driver)
     if spoiled:
         spoil(connection, error)
 

@@ -78,6 +78,20 @@ def test_the_applications_own_commit_is_refused(
 
 
 @pytest.mark.promise("no false success", "no silent loss")
+def test_the_applications_own_commit_is_refused_in_a_savepoint_of_the_connection(
+    driver_registry: Registry, postgres_database: Database
+) -> None:
+    """SQLAlchemy does not release it, which would fail, but commits the transaction."""
+    with pytest.raises((PendingRollbackError, DBAPIError)), session_scope(driver_registry):
+        driver_registry.execute(text("INSERT INTO note (text) VALUES ('lost')"))
+        driver_registry.connection().begin_nested()
+        divide_by_zero(driver_registry)
+        driver_registry.commit()
+
+    assert postgres_database.notes() == []
+
+
+@pytest.mark.promise("no false success", "no silent loss")
 def test_a_block_of_the_application_is_refused(
     driver_registry: Registry, postgres_database: Database
 ) -> None:

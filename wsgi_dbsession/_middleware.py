@@ -111,10 +111,9 @@ class SessionMiddleware:
         """Handle one request."""
         if self._skip is not None and self._skip(environ):
             return self.app(environ, start_response)
-        if "wsgi_dbsession.scope" in environ:
-            outer = find_scope()
-            if outer is not None and outer.environ is environ:
-                return self._join(outer, environ, start_response)
+        outer = find_scope() if "wsgi_dbsession.scope" in environ else None
+        if outer is not None and outer.environ is environ:
+            return self._join(outer, environ, start_response)
         observers = observers_of(self._registries, self.observers)
         scope = Scope(environ, observers)
         environ["wsgi_dbsession.scope"] = scope

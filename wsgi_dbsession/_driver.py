@@ -112,16 +112,17 @@ def is_autocommit(connection: Connection) -> bool:
     if level is None:
         # What create_engine(isolation_level=...) was given; the public ways ask the server.
         level = getattr(connection.dialect, "_on_connect_isolation_level", None)
-    if level is not None:
-        return bool(level == "AUTOCOMMIT")
-    if connection.closed or connection.invalidated:
+    if level not in (None, "AUTOCOMMIT"):
         return False
+    if connection.closed or connection.invalidated:
+        return level is not None
     driver = driver_of(connection)
-    # With isolation_level=None, sqlite3 does not begin a transaction, but the listener of
-    # SQLAlchemy's recipe does.
+    if not hasattr(driver, "total_changes"):
+        return level is not None or autocommits(driver)
+    # SQLite: with isolation_level=None, which AUTOCOMMIT sets too, sqlite3 does not begin a
+    # transaction, but the listener of SQLAlchemy's recipe does.
     return autocommits(driver) or (
-        hasattr(driver, "total_changes")
-        and getattr(driver, "isolation_level", "") is None
+        getattr(driver, "isolation_level", "") is None
         and getattr(driver, "autocommit", None) is not False
         and not driver.in_transaction  # that the application has begun by a statement
         and not connection.dispatch.begin

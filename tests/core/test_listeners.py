@@ -203,6 +203,19 @@ def test_a_transaction_that_a_statement_begins_on_sqlite(engine: Any, tmp_path: 
     own.dispose()
 
 
+def test_the_recipe_of_sqlalchemy_begins_a_transaction_at_autocommit(
+    sqlite_registry: Registry,
+) -> None:
+    """SQLAlchemy calls its listener at each isolation level."""
+    with (
+        pytest.raises(RuntimeError, match="what it had written is lost"),
+        session_scope(sqlite_registry),
+    ):
+        sqlite_registry.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        sqlite_registry.execute(text("INSERT INTO note (text) VALUES ('lost')"))
+        sqlite_registry.remove()
+
+
 # -- an observer ----------------------------------------------------------------------------------
 
 

@@ -100,9 +100,7 @@ class Unit(Observed):
 
     def undecided(self) -> bool:
         """Return whether there is something that no outcome has covered yet."""
-        if self.context is None:
-            return False
-        return self.outcome is None or self._has_begun()
+        return self.context is not None and (self.outcome is None or self._has_begun())
 
     def _has_begun(self) -> bool:
         if self._hooks or self._discarded:

@@ -204,7 +204,9 @@ class Commit:
             session.prepare()
         except BaseException as error:
             # SQLAlchemy 2.0.20 hides it, because it refuses its own rollback.
-            if _leaves_open(error) or _leaves_open(error.__context__ or error):
+            hidden: Any = error.__context__
+            is_hidden = hidden is not getattr(error, "orig", None)
+            if _leaves_open(error) or (is_hidden and _leaves_open(hidden)):
                 self._doubtful += _gids(found)
             raise
         self._prepared += ((session, found),)

@@ -121,6 +121,17 @@ def test_a_prepare_that_fails_rolls_all_back(
     assert other_postgres_database.notes() == []
 
 
+def test_a_prepare_that_is_refused_leaves_nothing_open(driver_registry: Registry) -> None:
+    """The database has answered, so it is known that nothing is prepared."""
+    driver_registry.session_factory.configure(twophase=True)
+
+    with pytest.raises(SQLAlchemyError) as caught, session_scope(driver_registry) as scope:
+        driver_registry.add(Book(author_id=7))
+
+    assert (scope.outcome, scope.reason) == ("rollback", "rolled back")
+    assert notes_of(caught.value) == ["session_scope: commit failed, rolled back"]
+
+
 @pytest.mark.parametrize("kind", ["an error", "an interruption"])
 def test_a_one_phase_commit_that_fails_takes_the_prepared_ones_back(
     two_phase: tuple[Registry, Registry],

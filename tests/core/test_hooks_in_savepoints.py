@@ -237,3 +237,15 @@ def test_a_savepoint_that_a_listener_of_the_flush_makes_is_in_the_one_around_it(
         savepoint.rollback()
 
     assert calls == []
+
+
+def test_a_session_that_no_scope_keeps_rolls_back_a_savepoint(
+    database: Database, registry: Registry
+) -> None:
+    """It has no hooks, and its factory is the registry's."""
+    with session_scope(registry), registry.session_factory() as own:
+        own.begin_nested().rollback()
+        own.add(Note(text="kept"))
+        own.commit()
+
+    assert database.notes() == ["kept"]

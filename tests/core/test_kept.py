@@ -295,6 +295,22 @@ def test_a_session_that_is_kept_for_the_stream_is_committed(
     assert_nothing_left(sqlite_registry)
 
 
+def test_a_read_may_be_discarded_where_a_connection_was_kept(
+    stocked: tuple[Registry, Database],
+) -> None:
+    """Its pool has it back, so what it had written belongs to another request."""
+    registry, _ = stocked
+    with session_scope(registry):
+        registry.add(Note(text="a"))
+        kept = registry.connection().connection
+
+    with session_scope(registry):
+        read(registry())
+        registry.remove()
+
+    assert not kept.is_valid
+
+
 def test_an_object_that_is_kept_for_the_stream_is_committed(
     sqlite_database: Database, sqlite_registry: Registry
 ) -> None:

@@ -81,3 +81,23 @@ def test_writes_that_a_veto_discards_are_logged(
     line += "scope.keep() commits them"
     expected = [("wsgi_dbsession", logging.INFO, line)] if logged else []
     assert caplog.record_tuples == expected
+
+
+def test_one_line_stands_for_all_sessions(
+    two: tuple[scoped_session[Session], scoped_session[Session]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its record has the request for machines."""
+    caplog.set_level(logging.DEBUG, "wsgi_dbsession")
+
+    def write() -> None:
+        for registry in two:
+            registry.add(Note(text="a"))
+
+    program = Program(write, status="404 Not Found")
+    app = SessionMiddleware(BODIES["list body"](program), *two)
+
+    Server().run(app, make_environ("POST", "/notes"))
+
+    (record,) = caplog.records
+    assert vars(record)["method"] == "POST"
+    assert vars(record)["path"] == "/notes"

@@ -385,6 +385,29 @@ def test_a_request_within_a_request_has_a_scope_of_its_own(
 
 
 @pytest.mark.promise("in-process requests")
+def test_a_copy_of_the_environ_is_another_request(
+    sqlite_registry: scoped_session[Session],
+) -> None:
+    """Though it has the scope of the one that it was copied from."""
+    scopes = []
+
+    def inner(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        scopes.append(current_scope())
+        start_response("200 OK", [])
+        return []
+
+    nested = SessionMiddleware(inner, sqlite_registry)
+
+    def outer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        scopes.append(current_scope())
+        return nested({**environ}, start_response)
+
+    Server().run(SessionMiddleware(outer, sqlite_registry), make_environ())
+
+    assert scopes[0] is not scopes[1]
+
+
+@pytest.mark.promise("in-process requests")
 def test_a_request_within_a_block_has_a_scope_of_its_own(
     postgres_database: Database, postgres_registry: scoped_session[Session]
 ) -> None:

@@ -111,9 +111,8 @@ def _release(session: Session) -> None:
         transaction.close()
     except BaseException as failure:
         for connection, _ in found:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # those before the failure are closed
                 connection.invalidate()
-                connection.close()
         with contextlib.suppress(Exception):  # SQLAlchemy has not reached this call
             session.dispatch.after_transaction_end(session, transaction)
         if not isinstance(failure, Exception):

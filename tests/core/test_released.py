@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 
 from tests.core.discards import HARMLESS, WRITES, insert_by_text
 from tests.support.errors import AppError, Kill
-from tests.support.models import Database, Note, make_engine
+from tests.support.models import Author, Database, Note, make_engine
 from tests.support.wsgi import assert_nothing_left, make_registry
 from wsgi_dbsession import _driver, session_scope
 
@@ -450,6 +450,10 @@ def test_a_connection_that_is_lost_by_then_is_thrown_away(
     """The rollback fails, which costs nothing: another connection takes over."""
     stock(postgres_database)
     dialect: Any = postgres_database.engine.dialect
+    ended: list[object] = []
+    event.listen(
+        postgres_registry.session_factory, "after_transaction_end", lambda *_: ended.append(1)
+    )
 
     def fail(connection: object) -> None:
         raise dialect.loaded_dbapi.OperationalError
@@ -461,11 +465,44 @@ def test_a_connection_that_is_lost_by_then_is_thrown_away(
             patch.setattr(dialect, "do_rollback", fail)
             with scope.released():
                 assert checked_out(postgres_database) == 0
+                assert ended == [1]
         assert postgres_registry.scalar(text("SELECT pg_backend_pid()")) != pid
         note.text = "changed"
 
     assert postgres_database.notes() == ["changed"]
     assert "rollback failed, closing the connection instead" in caplog.text
+
+
+@pytest.mark.parametrize("failing", [1, 2], ids=["the first", "the second"])
+def test_one_of_two_rollbacks_fails(
+    postgres_database: Database,
+    other_postgres_database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: int,
+) -> None:
+    """The Session gives both connections back."""
+    engines = postgres_database.engine, other_postgres_database.engine
+    registry = make_registry(engines[0], binds={Note: engines[0], Author: engines[1]})
+    seen: list[object] = []
+
+    def fail_once(connection: Any) -> None:
+        if connection.dbapi_connection not in seen:
+            seen.append(connection.dbapi_connection)
+            if len(seen) == failing:
+                raise engines[0].dialect.loaded_dbapi.OperationalError
+        connection.rollback()
+
+    with session_scope(registry) as scope:
+        registry.scalars(select(Note)).all()
+        registry.scalars(select(Author)).all()
+        for engine in engines:
+            monkeypatch.setattr(engine.dialect, "do_rollback", fail_once)
+        with scope.released():
+            assert checked_out(postgres_database) == checked_out(other_postgres_database) == 0
+        registry.add_all([Note(text="a"), Author(name="b")])
+
+    assert postgres_database.notes() == ["a"]
+    assert other_postgres_database.committed(Author.name) == ["b"]
 
 
 def test_an_interruption_of_the_rollback_leaves_nothing_refused(

@@ -10,7 +10,7 @@ from sqlalchemy import event, text
 
 from tests.support.models import Database, Note, make_engine
 from tests.support.wsgi import BODIES, Program, ask, assert_nothing_left, make_registry
-from wsgi_dbsession import SessionMiddleware
+from wsgi_dbsession import SessionMiddleware, session_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -159,3 +159,17 @@ def test_a_connection_dropped_before_the_flush_of_the_commit_is_a_rollback(
 
     (record,) = caplog.records
     assert record.getMessage().startswith("POST /notes: commit failed, rolled back: ")
+
+
+def test_a_connection_that_breaks_at_autocommit_takes_nothing_with_it(
+    make: MakeRegistry, postgres_database: Database
+) -> None:
+    """So the application may close the Session."""
+    registry = make(isolation_level="AUTOCOMMIT")
+    with session_scope(registry):
+        registry.add(Note(text="a"))
+        registry.flush()
+        registry.connection().invalidate()
+        registry.remove()
+
+    assert postgres_database.notes() == ["a"]

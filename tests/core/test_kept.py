@@ -13,7 +13,7 @@ from tests.support.wsgi import BODIES, Program, ask, assert_nothing_left, drive,
 from wsgi_dbsession import SessionMiddleware, session_scope
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
     from sqlalchemy.orm import Session, scoped_session
@@ -293,6 +293,23 @@ def test_a_session_that_is_kept_for_the_stream_is_committed(
 
     assert sqlite_database.notes() == ([] if use is read else ["a"])
     assert_nothing_left(sqlite_registry)
+
+
+def test_a_discard_counts_for_one_outcome(
+    sqlite_database: Database, sqlite_registry: Registry
+) -> None:
+    """What a veto has rolled back anyway does not refuse what the stream keeps."""
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
+        add_and_flush(sqlite_registry())
+        sqlite_registry.remove()
+        start_response("404 Not Found", [])
+        yield b"one"
+        environ["wsgi_dbsession.scope"].keep()
+        sqlite_registry.add(Note(text="kept"))
+
+    assert ask(SessionMiddleware(app, sqlite_registry, commit_on="headers")).errors == []
+    assert sqlite_database.notes() == ["kept"]
 
 
 def test_a_read_may_be_discarded_where_a_connection_was_kept(

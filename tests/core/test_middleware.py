@@ -9,6 +9,7 @@ import webtest
 from sqlalchemy import text
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from tests.support.errors import Kill
 from tests.support.models import Database, Note, make_engine
 from tests.support.wsgi import (
     BODIES,
@@ -271,6 +272,28 @@ def test_without_a_veto_every_status_is_committed(
     ask(app, QUERY_STRING="500+Oops")
 
     assert sqlite_database.notes() == ["a"]
+
+
+@pytest.mark.promise("veto")
+def test_an_interruption_of_the_veto_is_a_rollback(
+    sqlite_registry: scoped_session[Session],
+) -> None:
+    """Its hooks are called."""
+    calls: list[str] = []
+
+    def veto(environ: WSGIEnvironment, status: str, headers: Headers) -> bool:
+        raise Kill
+
+    def early() -> None:
+        sqlite_registry.add(Note(text="a"))
+        current_scope().on_rollback(calls.append, "rolled back")
+
+    app = SessionMiddleware(BODIES["list body"](Program(early)), sqlite_registry, commit_veto=veto)
+
+    with pytest.raises(Kill):
+        Server().run(app, make_environ())
+
+    assert calls == ["rolled back"]
 
 
 @pytest.mark.promise("veto")

@@ -154,6 +154,25 @@ def test_what_comes_out_of_commit_is_unknown(
     assert postgres_database.notes() == (["a"] if after else [])
 
 
+@pytest.mark.parametrize(
+    ("lost", "truth"), [(True, "unknown"), (False, "rolled back")], ids=["lost", "answered"]
+)
+def test_an_error_of_commit_may_have_no_code(engine: Engine, lost: bool, truth: str) -> None:
+    """SQLAlchemy asks its driver whether the connection was lost."""
+    registry = make_registry(engine)
+
+    def do_commit(connection: Any) -> None:
+        if lost:
+            connection.dbapi_connection.close()
+        raise engine.dialect.loaded_dbapi.OperationalError
+
+    setattr(engine.dialect, "do_commit", do_commit)  # noqa: B010 - mypy refuses it
+    with pytest.raises(OperationalError), session_scope(registry) as scope:
+        registry.add(Note(text="a"))
+
+    assert scope.reason == truth
+
+
 @pytest.mark.parametrize("code", [1180, 1047], ids=["1180 of Galera", "1047 of Galera"])
 def test_a_node_that_lost_its_cluster_in_commit_is_unknown(engine: Engine, code: int) -> None:
     """60 of 60 such requests were committed."""

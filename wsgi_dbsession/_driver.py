@@ -162,7 +162,7 @@ def has_written(connection: Connection, *, undone: bool = False) -> bool | None:
         return bool(own())
     if is_autocommit(connection):
         # What was written is kept, but what a read-only server has refused is lost.
-        return not connection.invalidated and bool(spoiler(connection))
+        return bool(spoiler(connection))
     if connection.closed or connection.invalidated or driver_of(connection) is None:
         return None  # and has been rolled back
     if not connection.in_transaction():

@@ -156,7 +156,7 @@ class Unit(Observed):
             except BaseException as settling:
                 failure = failure or settling
                 if self.outcome == "rollback":
-                    error = error or failure  # what its hooks began is rolled back too
+                    error = failure  # what its hooks began is rolled back too
                 elif self.outcome != "commit":
                     break
                 # A listener failed, or a hook was interrupted: what the others began is committed.

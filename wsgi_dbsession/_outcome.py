@@ -161,12 +161,13 @@ class Unit(Observed):
                     break
                 # A listener failed, or a hook was interrupted: what the others began is committed.
             if not self._has_begun():
+                self.context = None
                 break
             if again and self.outcome == "rollback" and not self._hooks:
                 break  # a listener begins one at each rollback
         else:
             failure = failure or RuntimeError(_ENDLESS)
-        self.releases, self.context = releases, None
+        self.releases = releases
         if failure is not None:
             raise failure
 

@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import event, insert, select
 
 from tests.support.models import Database, Note
 from tests.support.wsgi import BODIES, Program, ask, assert_nothing_left, drive, make_environ
@@ -309,6 +309,29 @@ def test_a_discard_counts_for_one_outcome(
         sqlite_registry.add(Note(text="kept"))
 
     assert ask(SessionMiddleware(app, sqlite_registry, commit_on="headers")).errors == []
+    assert sqlite_database.notes() == ["kept"]
+
+
+def test_what_joins_the_transaction_of_a_listener_is_committed(
+    sqlite_database: Database, sqlite_registry: Registry
+) -> None:
+    """It began that transaction at the rollback of the one before."""
+
+    @event.listens_for(sqlite_registry.session_factory, "after_soft_rollback")
+    def on_rollback(session: Session, _: object) -> None:
+        if session.is_active:
+            read(session)
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
+        session = sqlite_registry()
+        add_and_flush(session)
+        start_response("404 Not Found", [])
+        yield b"one"
+        environ["wsgi_dbsession.scope"].keep()
+        session.add(Note(text="kept"))
+
+    ask(SessionMiddleware(app, sqlite_registry, commit_on="headers"))
+
     assert sqlite_database.notes() == ["kept"]
 
 

@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import event, insert, select
+from sqlalchemy import event, insert, select, text
 
 from tests.support.models import Database, Note
 from tests.support.wsgi import BODIES, Program, ask, assert_nothing_left, drive, make_environ
@@ -333,6 +333,31 @@ def test_what_joins_the_transaction_of_a_listener_is_committed(
     ask(SessionMiddleware(app, sqlite_registry, commit_on="headers"))
 
     assert sqlite_database.notes() == ["kept"]
+
+
+def test_what_a_connection_has_committed_is_not_discarded(
+    stocked: tuple[Registry, Database],
+) -> None:
+    """Nothing was begun since."""
+    registry, database = stocked
+    with session_scope(registry):
+        add_and_flush(registry())
+        registry.connection().commit()
+        registry.remove()
+
+    assert database.notes() == ["a", "there"]
+
+
+def test_what_a_statement_has_committed_is_not_discarded(
+    sqlite_database: Database, sqlite_registry: Registry
+) -> None:
+    """The driver of SQLite shows that no transaction is left."""
+    with session_scope(sqlite_registry):
+        execute(sqlite_registry())
+        sqlite_registry.execute(text("COMMIT"))
+        sqlite_registry.remove()
+
+    assert sqlite_database.notes() == ["a"]
 
 
 def test_a_read_may_be_discarded_where_a_connection_was_kept(

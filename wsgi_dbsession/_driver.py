@@ -177,7 +177,7 @@ def has_written(connection: Connection, *, undone: bool = False) -> bool | None:
         # An older server, or one that claims to be, has no such function, and calling it would
         # abort the transaction.
         version: Any = dialect.server_version_info or ()
-        if "PGDialect" in names and version >= (13,) and not is_aborted(driver):
+        if "PGDialect" in names and version >= (13,):
             has_id, writes, locks_rows = ask(connection, _POSTGRESQL)
             if not has_id or writes:
                 return bool(has_id)

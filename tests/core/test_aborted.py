@@ -121,6 +121,18 @@ def test_a_connection_of_the_application_is_refused_in_a_scope(
     assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
+def test_what_an_aborted_transaction_had_written_is_unknown(
+    driver_registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The database answers no question in it. So a discard is not refused, and a line is named."""
+    with session_scope(driver_registry):
+        divide_by_zero(driver_registry)
+        driver_registry.remove()
+
+    (record,) = caplog.records
+    assert "closed a Session in an open transaction at " in record.getMessage()
+
+
 @pytest.mark.parametrize("how", ["a savepoint of its own", "ROLLBACK"])
 def test_a_statement_of_the_application_mends_it(
     driver_registry: Registry, postgres_database: Database, how: str

@@ -216,7 +216,7 @@ def ask(connection: Connection, statement: str) -> Any:
 def spoiler(connection: Connection) -> BaseException | None:
     """Return the error with which the database ended or aborted the transaction by itself."""
     spoiled, error = getattr(connection, "dbsession_spoiled", (None, None))
-    return None if spoiled is None or spoiled is not connection.get_transaction() else error
+    return None if spoiled is not connection.get_transaction() else error
 
 
 def passed_through(error: BaseException, *prefixes: str) -> bool:

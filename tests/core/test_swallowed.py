@@ -211,6 +211,22 @@ def test_what_follows_the_end_of_the_transaction_goes_with_it(
     assert sqlite_database.notes() == ["there"]
 
 
+def test_a_connection_of_the_application_goes_on_after_its_rollback(
+    unique: Registry, sqlite_database: Database
+) -> None:
+    """The error belongs to the transaction, and not to the connection."""
+    engine = unique.session_factory.kw["bind"]
+    with session_scope(unique), engine.connect() as connection:
+        connection.execute(text("INSERT INTO note (text) VALUES ('lost')"))
+        with pytest.raises(IntegrityError):
+            connection.execute(text("INSERT OR ROLLBACK INTO note VALUES (1, 'again')"))
+        connection.rollback()
+        connection.execute(text("INSERT INTO note (text) VALUES ('kept')"))
+        connection.commit()
+
+    assert sqlite_database.notes() == ["kept", "there"]
+
+
 def test_where_nothing_was_written_nothing_is_lost(
     unique: Registry, sqlite_database: Database
 ) -> None:

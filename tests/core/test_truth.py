@@ -87,6 +87,15 @@ def test_a_refused_commit_is_rolled_back(
     assert record.getMessage().startswith("session_scope: commit failed, rolled back: ")
 
 
+def test_a_savepoint_that_was_released_is_no_commit(postgres_registry: Registry) -> None:
+    """SQLAlchemy calls the same listeners for it."""
+    with pytest.raises(IntegrityError), session_scope(postgres_registry) as scope:
+        postgres_registry.begin_nested()
+        postgres_registry.add(Book(author_id=7))
+
+    assert (scope.outcome, scope.reason) == ("rollback", "rolled back")
+
+
 @pytest.mark.parametrize("error", [AppError(), Kill(), OSError(9, "mine")], ids=repr)
 def test_nothing_was_sent_where_a_listener_fails_before(
     postgres_registry: Registry, error: BaseException

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
 from tests.core.discards import flush, insert_by_core, insert_by_text, read
@@ -59,6 +59,13 @@ def lock_and_give_up(registry: Registry) -> None:
         raise AppError
 
 
+def flush_nothing(registry: Registry) -> None:
+    undo(registry, insert_by_text)
+    note = registry.scalars(select(Note)).one()
+    note.text = str(note.text)
+    registry.flush()
+
+
 HARMLESS: dict[str, Work] = {
     "a lost race": lose_a_race,
     "a lost race, textual": lose_a_race_by_text,
@@ -67,6 +74,7 @@ HARMLESS: dict[str, Work] = {
     "a textual insert": lambda registry: undo(registry, insert_by_text),
     "a flush in a savepoint in it": undo_what_a_released_savepoint_wrote,
     "a lock": lock_and_give_up,
+    "a flush of nothing": flush_nothing,
 }
 
 

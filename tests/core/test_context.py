@@ -215,8 +215,9 @@ def test_the_outcome_sees_where_the_session_was_last_asked_for(
         with session_scope(sqlite_registry):
             for value in ("first", "last"):
                 variable.set(value)
-                sqlite_registry.add(Note())
+                session = sqlite_registry()
             variable.set("after")
+            session.add(Note())  # which begins the transaction
 
     contextvars.copy_context().run(work)
 

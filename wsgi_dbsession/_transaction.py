@@ -138,7 +138,7 @@ class Commit:
     # Defaults in the class: to set them in each instance would slow down each commit.
     _committed = 0
     _late: BaseException | None = None  # out of an after_commit listener
-    _failed: Transactions = ()  # of the last Session that was to be committed
+    _tried = 0  # transactions of the Session whose commit failed
     _prepared: tuple[tuple[AdoptedSession, Transactions], ...] = ()
     _doubtful: tuple[str, ...] = ()  # prepared transactions, whose outcome is unknown
 
@@ -212,7 +212,6 @@ class Commit:
         self._prepared += ((session, found),)
 
     def _commit(self, session: AdoptedSession, found: Transactions) -> None:
-        self._failed = found
         expires = session.expire_on_commit
         if self._final:
             session.expire_on_commit = False
@@ -221,6 +220,7 @@ class Commit:
             session.commit()
         except BaseException as error:
             if not session.dbsession_committed:
+                self._tried = sum(not transaction.is_active for _, transaction in found)
                 raise
             self._late = self._late or error
             undo(session, "close")  # SQLAlchemy leaves its transaction half-way
@@ -237,9 +237,8 @@ class Commit:
         prepared = f"; prepared transactions: {names}" if names else ""
         if failure is self._late:
             return "committed", "committed, but something failed afterwards"
-        tried = [transaction for _, transaction in self._failed if not transaction.is_active]
-        if self._committed or len(tried) > 1:
-            done = self._committed or len(tried) - 1
+        if self._committed or self._tried > 1:
+            done = self._committed or self._tried - 1
             return (
                 "partly committed",
                 f"partly committed, {done} transactions before the failed one{prepared}",

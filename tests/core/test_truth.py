@@ -313,10 +313,11 @@ def test_one_session_over_two_databases_may_be_half_done(
     for each in (engine, other_engine):
         setattr(each.dialect, "do_commit", do_commit)  # noqa: B010 - mypy refuses the assignment
 
-    with pytest.raises(DBAPIError), session_scope(registry) as scope:
+    with pytest.raises(DBAPIError) as caught, session_scope(registry) as scope:
         registry.add_all([Note(text="a"), Author(name="b")])
 
     assert (scope.outcome, scope.reason) == ("partial", "partly committed")
+    assert "partly committed, 1 transactions" in notes_of(caught.value)[-1]
 
 
 def test_prepared_transactions_are_named(

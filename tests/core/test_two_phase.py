@@ -9,7 +9,7 @@ from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import IllegalStateChangeError, IntegrityError, SQLAlchemyError
 
 from tests.support.errors import AppError, Kill, notes_of, raise_error, raise_kill
-from tests.support.models import Book, Database, Note, make_engine
+from tests.support.models import Author, Book, Database, Note, make_engine
 from tests.support.wsgi import assert_nothing_left, make_registry
 from wsgi_dbsession import session_scope
 
@@ -244,6 +244,51 @@ def test_what_was_prepared_is_left_to_whoever_resolves_it(
     assert words.startswith("session_scope: outcome unknown; prepared transactions: ")
     assert all(repr(gid) in words for gid in gids)
     assert [each.notes() for each in databases] == [["a"], ["a"]]
+
+
+def test_the_other_databases_of_a_session_stay_prepared(
+    postgres_database: Database, other_postgres_database: Database
+) -> None:
+    """SQLAlchemy's rollback would take them back, and keep half of the work."""
+    databases = postgres_database, other_postgres_database
+    engines = [each.engine for each in databases]
+    registry = make_registry(
+        engines[0], binds={Note: engines[0], Author: engines[1]}, twophase=True
+    )
+    failed: list[object] = []
+
+    def fail_once(*_: object) -> None:
+        if not failed:
+            failed.append(1)
+            raise AppError
+
+    for engine in engines:
+        event.listen(engine, "commit_twophase", fail_once)
+    with pytest.raises(AppError), session_scope(registry) as scope:
+        registry.add_all([Note(text="a"), Author(name="b")])
+    for each in databases:
+        resolve(each)
+
+    assert scope.reason == "unknown"
+    assert postgres_database.notes() == ["a"]
+    assert other_postgres_database.committed(Author.name) == ["b"]
+
+
+def test_a_listener_that_fails_hides_no_prepared_transaction(
+    two_phase: tuple[Registry, Registry], other_postgres_database: Database
+) -> None:
+    """Its error says that all is committed."""
+    event.listen(two_phase[0].session_factory, "after_commit", raise_kill)
+    event.listen(other_postgres_database.engine, "commit_twophase", raise_error)
+    try:
+        with pytest.raises(AppError), session_scope(*two_phase) as scope:
+            for registry in two_phase:
+                registry.add(Note(text="a"))
+    finally:
+        event.remove(other_postgres_database.engine, "commit_twophase", raise_error)
+    resolve(other_postgres_database)
+
+    assert scope.reason == "partly committed"
 
 
 def resolve(database: Database) -> str:

@@ -121,6 +121,19 @@ def test_a_connection_of_the_application_is_refused_in_a_scope(
     assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
+def test_an_error_of_the_drivers_own_cursor_is_found(
+    driver_registry: Registry, postgres_database: Database
+) -> None:
+    """SQLAlchemy has not seen it."""
+    with pytest.raises(SQLAlchemyError), session_scope(driver_registry):
+        driver_registry.execute(text("INSERT INTO note (text) VALUES ('lost')"))
+        cursor = driver_registry.connection().connection.cursor()
+        with contextlib.suppress(Exception):
+            cursor.execute("SELECT 1/0")
+
+    assert postgres_database.notes() == []
+
+
 def test_what_an_aborted_transaction_had_written_is_unknown(
     driver_registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -83,7 +83,7 @@ def explain_refusal(error: BaseException | None = None) -> PendingRollbackError:
 def _on_error(context: ExceptionContext) -> None:
     """Record what the error means for the transaction: a later COMMIT does not report it."""
     connection, error = context.connection, context.original_exception
-    if connection is None or connection.closed or connection.invalidated:
+    if connection is None or connection.invalidated:
         return
     dialect = dialect_names(connection)
     if not isinstance(error, connection.dialect.loaded_dbapi.Error):

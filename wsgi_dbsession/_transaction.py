@@ -205,7 +205,7 @@ class Commit:
         except BaseException as error:
             # SQLAlchemy 2.0.20 hides it, because it refuses its own rollback.
             hidden: Any = error.__context__
-            is_hidden = hidden is not getattr(error, "orig", None)
+            is_hidden = hidden not in (None, getattr(error, "orig", None))
             if _leaves_open(error) or (is_hidden and _leaves_open(hidden)):
                 self._doubtful += _gids(found)
             raise

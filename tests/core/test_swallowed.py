@@ -9,7 +9,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import (
     DBAPIError,
     IntegrityError,
@@ -23,13 +23,13 @@ from tests.support.errors import AppError
 from tests.support.galera import mariadb
 from tests.support.models import Database, Note, make_engine, without_autocommit
 from tests.support.wsgi import ask, make_environ, make_registry
-from wsgi_dbsession import SessionMiddleware, _driver, current_scope, session_scope
+from wsgi_dbsession import SessionMiddleware, _driver, _spoiled, current_scope, session_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
-    from sqlalchemy import URL, Engine
+    from sqlalchemy import URL
     from sqlalchemy.orm import Session, scoped_session
 
     Registry = scoped_session[Session]
@@ -545,3 +545,22 @@ def test_a_transaction_that_could_not_begin_has_lost_nothing(
     assert scope.outcome == "commit"
     assert sqlite_database.notes() == ["a"]
     engine.dispose()
+
+
+@pytest.mark.parametrize("give_up", ["invalidate", "close"])
+def test_a_listener_of_the_error_may_give_the_connection_up(
+    sqlite_registry: Registry, give_up: str
+) -> None:
+    """It was registered before the package was imported, so it is called before."""
+
+    def on_error(context: Any) -> None:
+        getattr(context.connection, give_up)()
+
+    event.remove(Engine, "handle_error", _spoiled._on_error)
+    event.listen(Engine, "handle_error", on_error)
+    event.listen(Engine, "handle_error", _spoiled._on_error)
+    try:
+        with pytest.raises(DBAPIError, match="syntax error"), session_scope(sqlite_registry):
+            sqlite_registry.execute(text("SELEC"))
+    finally:
+        event.remove(Engine, "handle_error", on_error)

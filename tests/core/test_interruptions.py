@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pg8000
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, String, TypeDecorator, bindparam, select, text
+from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session, scoped_session
 
 from tests.support.errors import AppError, Kill
@@ -150,3 +151,48 @@ def test_an_error_does_not_cost_a_connection(
 
     with session_scope(postgres_registry):
         assert postgres_registry.scalar(text("SELECT pg_backend_pid()")) == pid
+
+
+def test_an_error_raised_into_the_driver_costs_that_connection(
+    postgres_registry: Registry, postgres_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a ``gevent.Timeout(s, AnExceptionClass)``. The pool keeps the others."""
+    engine = postgres_database.engine
+    before = pids(engine)
+
+    def do_execute(*_: object) -> None:
+        monkeypatch.undo()
+        raise AppError
+
+    with session_scope(postgres_registry):
+        connection = postgres_registry.connection()
+        monkeypatch.setattr(engine.dialect, "do_execute", do_execute)
+        with pytest.raises(AppError):
+            connection.execute(text("SELECT 1"))
+        assert connection.invalidated
+        postgres_registry.rollback()
+
+    assert len(before & pids(engine)) == 1
+
+
+def test_an_error_before_the_driver_costs_nothing(postgres_database: Database) -> None:
+    """Such as one of the type of a parameter."""
+
+    class Failing(TypeDecorator[str]):
+        impl = String
+        cache_ok = True
+
+        def process_bind_param(self, value: object, dialect: object) -> str:
+            raise AppError
+
+    with postgres_database.engine.connect() as connection:
+        with pytest.raises(StatementError):
+            connection.execute(select(bindparam("x", "a", type_=Failing)))
+        assert not connection.invalidated
+
+
+def pids(engine: Engine) -> set[int]:
+    """Return the server's processes of two connections at a time."""
+    statement = text("SELECT pg_backend_pid()")
+    with engine.connect() as first, engine.connect() as second:
+        return {first.scalars(statement).one(), second.scalars(statement).one()}

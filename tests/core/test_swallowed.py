@@ -211,6 +211,18 @@ def test_what_follows_the_end_of_the_transaction_goes_with_it(
     assert sqlite_database.notes() == ["there"]
 
 
+def test_an_error_that_leaves_the_transaction_open_is_none(
+    unique: Registry, sqlite_database: Database
+) -> None:
+    """SQLite takes back the statement alone."""
+    with session_scope(unique):
+        unique.execute(text("INSERT INTO note (text) VALUES ('kept')"))
+        with pytest.raises(IntegrityError):
+            unique.execute(text("INSERT INTO note VALUES (1, 'again')"))
+
+    assert sqlite_database.notes() == ["kept", "there"]
+
+
 def test_a_connection_of_the_application_goes_on_after_its_rollback(
     unique: Registry, sqlite_database: Database
 ) -> None:

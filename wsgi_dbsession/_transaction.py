@@ -181,18 +181,18 @@ class Commit:
 
     def _flush(self) -> list[AdoptedSession]:
         sessions = self._sessions
-        flushed: dict[AdoptedSession, None] = {}
+        flushed: list[AdoptedSession] = []
         for _ in range(100):  # after as many, SQLAlchemy's commit() raises
             again = False
             for session in list(sessions.values()):
-                if has_changes(session) or (session not in flushed and session.in_transaction()):
+                if has_changes(session) if session in flushed else is_begun(session):
                     session.flush()
-                    flushed[session] = None
+                    flushed.append(session)
                     again = len(sessions) > 1  # a listener may have used each of them
             if not again:
                 break
         if len(sessions) == 1:
-            return list(flushed)
+            return flushed
         ordered = sorted(sessions, key=lambda each: each.number)
         return [sessions[each] for each in ordered if sessions[each] in flushed]
 

@@ -70,7 +70,7 @@ class Unit(Observed):
     context: Context | None
     """That in which the application last asked for a Session: the outcome runs in it.
 
-    None if there is nothing that the last outcome has not covered.
+    None until then, and after an outcome that has covered everything.
     """
 
     def __init__(

@@ -185,7 +185,8 @@ class Commit:
         for _ in range(100):  # after as many, SQLAlchemy's commit() raises
             again = False
             for session in list(sessions.values()):
-                if has_changes(session) if session in flushed else is_begun(session):
+                needs_flush = has_changes if session in flushed else is_begun
+                if needs_flush(session):
                     session.flush()
                     flushed.append(session)
                     again = len(sessions) > 1  # a listener may have used each of them

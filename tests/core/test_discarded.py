@@ -532,6 +532,7 @@ def test_what_was_flushed_before_its_connection_was_closed_is_lost(
         pytest.param(commit_and_go_on, 1, id="committed, and used again"),
     ],
 )
+# SQLAlchemy warns of the connection that was closed in its transaction.
 @pytest.mark.filterwarnings("ignore:transaction already deassociated:sqlalchemy.exc.SAWarning")
 def test_a_connection_whose_transaction_was_ended_cannot_commit(
     stocked: tuple[Registry, Database], end: Work, kept: int

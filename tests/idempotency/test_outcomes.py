@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from tests.idempotency.shop import Place
 
 
+def registry_with_a_note(place: Place) -> scoped_session[Session]:
+    registry = place.registry()
+    with session_scope(registry):
+        registry.add(Note(id=1, text="first"))
+    return registry
+
+
 class Once:
     """Work that goes wrong the first time only."""
 
@@ -332,9 +339,7 @@ def catching(
 @pytest.mark.parametrize("work", FAILURES)
 def test_an_error_page_of_a_framework_gets_through(work: Any, place: Place) -> None:
     """Flask and others turn the error of the database into a page: it is not replaced."""
-    registry = place.registry()
-    with session_scope(registry):
-        registry.add(Note(id=1, text="first"))
+    registry = registry_with_a_note(place)
     app = protect(catching(registry, work, "500 Internal Server Error"), registry)
 
     reply = order(app)
@@ -345,9 +350,7 @@ def test_an_error_page_of_a_framework_gets_through(work: Any, place: Place) -> N
 
 def test_an_error_page_that_is_streamed_gets_through(place: Place) -> None:
     """The key cannot be stored before it, nor between its blocks."""
-    registry = place.registry()
-    with session_scope(registry):
-        registry.add(Note(id=1, text="first"))
+    registry = registry_with_a_note(place)
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         with contextlib.suppress(SQLAlchemyError):
@@ -362,9 +365,7 @@ def test_an_error_page_that_is_streamed_gets_through(place: Place) -> None:
 @pytest.mark.parametrize("status", ["201 Created", "500 Internal Server Error"])
 def test_a_flush_that_failed_before_write_is_an_error(status: str, place: Place) -> None:
     """The application catches what ``write()`` raises, too; an error page gets through."""
-    registry = place.registry()
-    with session_scope(registry):
-        registry.add(Note(id=1, text="first"))
+    registry = registry_with_a_note(place)
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         with contextlib.suppress(SQLAlchemyError):
@@ -388,9 +389,7 @@ def test_a_flush_that_failed_before_write_is_an_error(status: str, place: Place)
 
 def test_a_success_after_a_flush_that_failed_is_an_error(place: Place) -> None:
     """The Session cannot commit, so the client must not see a success."""
-    registry = place.registry()
-    with session_scope(registry):
-        registry.add(Note(id=1, text="first"))
+    registry = registry_with_a_note(place)
     app = protect(catching(registry, fail_in_a_flush, "200 OK"), registry)
 
     with pytest.raises(PendingRollbackError):

@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import create_engine, insert, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DBAPIError,
+    IntegrityError,
+    PendingRollbackError,
+    SQLAlchemyError,
+    UnboundExecutionError,
+)
 from sqlalchemy.orm import Session, scoped_session
 
 from tests.support.models import Database, Note
+from tests.support.wsgi import make_registry
 from wsgi_dbsession import session_scope
 
 if TYPE_CHECKING:
@@ -211,4 +218,23 @@ def test_a_flush_that_failed_is_refused_with_the_fix(
         with contextlib.suppress(IntegrityError):
             sqlite_registry.flush()
 
+    assert sqlite_database.notes() == []
+
+
+def test_a_flush_that_failed_without_a_connection_is_refused(
+    sqlite_registry: Registry, sqlite_database: Database
+) -> None:
+    """Before the Session of another registry is committed."""
+    unbound = make_registry(None)
+
+    with (
+        pytest.raises(PendingRollbackError, match=r"with Session\.begin_nested"),
+        session_scope(sqlite_registry, unbound) as scope,
+    ):
+        sqlite_registry.execute(insert(Note).values(text="a"))
+        unbound.add(Note(text="b"))
+        with contextlib.suppress(UnboundExecutionError):
+            unbound.flush()
+
+    assert scope.reason == "rolled back"
     assert sqlite_database.notes() == []
